@@ -1,0 +1,5 @@
+"""`python -m onnxslim_lab`."""
+
+from onnxslim_lab.cli import main
+
+main()
