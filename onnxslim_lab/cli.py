@@ -136,7 +136,7 @@ def optimize(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Run passes over a model, verify each, and save a smaller plain .onnx.
+    r"""Run passes over a model, verify each, and save a smaller plain .onnx.
 
     Without --pass or --recipe it runs `simplify` and `encode`, which lose nothing.
 
@@ -148,7 +148,7 @@ def optimize(
     from onnxslim_lab import engine  # noqa: PLC0415 - `--help` must not wait for numpy and scikit-learn
     from onnxslim_lab.data import load_data  # noqa: PLC0415
     from onnxslim_lab.graph import Graph  # noqa: PLC0415
-    from onnxslim_lab.random_data import random_data  # noqa: PLC0415
+    from onnxslim_lab.probe import runnable_data  # noqa: PLC0415
     from onnxslim_lab.recipe import Recipe  # noqa: PLC0415
     from onnxslim_lab.sessions import Runner  # noqa: PLC0415
 
@@ -156,10 +156,7 @@ def optimize(
         raise ParameterError("give -o OUT, or --dry-run to save nothing")
     if recipe is not None and steps:
         raise ParameterError("give --pass or --recipe, not both")
-    if recipe is None:
-        plan = Recipe.of(steps or engine.DEFAULT_STEPS)
-    else:
-        plan = Recipe.load(recipe)
+    plan = Recipe.of(steps or engine.DEFAULT_STEPS) if recipe is None else Recipe.load(recipe)
     changed: dict[str, object] = {
         "verify": verify,
         "seed": seed,
@@ -172,10 +169,10 @@ def optimize(
         raise SaveError(f"cannot write the report {quote(str(report))}: no such folder")
     graph = Graph.load(model, memory=plan.memory // 4)
     feeds = load_data(data, graph, limit=limit) if data else None
-    if feeds is None and plan.verify != "off" and dim:
-        feeds = random_data(graph, samples=2, seed=plan.seed, dims=_dims(dim))
     judged = load_data(evaluation, graph, limit=limit) if evaluation else None
     with _progress(quiet) as show, Runner(threads=threads, memory=plan.memory) as runner:
+        if feeds is None and plan.verify != "off" and dim:
+            feeds = runnable_data(runner, graph, samples=2, seed=plan.seed, dims=_dims(dim))
         result = engine.optimize(
             graph,
             None if dry_run else output,
@@ -247,12 +244,14 @@ def compare(
     from onnxslim_lab.compare import compare as compare_graphs  # noqa: PLC0415
     from onnxslim_lab.data import load_data  # noqa: PLC0415
     from onnxslim_lab.graph import Graph  # noqa: PLC0415
-    from onnxslim_lab.random_data import random_data  # noqa: PLC0415
+    from onnxslim_lab.probe import runnable_data  # noqa: PLC0415
     from onnxslim_lab.sessions import Runner  # noqa: PLC0415
 
     left, right = Graph.load(first), Graph.load(second)
-    feeds = load_data(data, left, limit=limit) if data else random_data(left, samples=4, dims=_dims(dim))
+    feeds = load_data(data, left, limit=limit) if data else None
     with Runner(threads=threads) as runner:
+        if feeds is None:
+            feeds = runnable_data(runner, left, samples=4, dims=_dims(dim))
         found = compare_graphs(left, right, feeds, runner, tolerance=tolerance)
     if as_json:
         _print_json(found.model_dump_json(indent=2))
@@ -341,7 +340,7 @@ def _version(asked: bool) -> None:
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with every error.")] = False,
-    version: Annotated[
+    _version_asked: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
     ] = False,
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,9 @@ from onnxslim_lab.data import Dataset
 from onnxslim_lab.engine import Progress, Result, optimize
 from onnxslim_lab.errors import SaveError, quote
 
-STEPS = ("simplify", "prune:sparsity=0.9,scope=global", "share:bits=3", "encode")
+STEPS = ("simplify", "prune:sparsity=0.8", "share:bits=3", "encode")
 SMALLEST_RATIO = 15.0  # what the demo promises
-HIDDEN = (256, 128)
+HIDDEN = (512, 256)
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,7 @@ def train() -> tuple[onnx.ModelProto, Any, Any]:
     train_x, test_x, train_y, test_y = train_test_split(
         digits, labels, test_size=0.3, random_state=0, stratify=labels
     )
-    network = MLPClassifier(HIDDEN, alpha=1e-2, max_iter=60, random_state=0, early_stopping=False)
-    import warnings  # noqa: PLC0415
-
+    network = MLPClassifier(HIDDEN, alpha=1.0, learning_rate_init=0.003, max_iter=25, random_state=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it need not converge to be compressed
         network.fit(train_x, train_y)

@@ -11,15 +11,15 @@ from pathlib import Path
 
 from onnx import ModelProto
 
-from onnxslim_lab.base import Context, Outcome, Pass
 from onnxslim_lab.accuracy import find_metric
+from onnxslim_lab.base import Context, Outcome, Pass
 from onnxslim_lab.data import Dataset
-from onnxslim_lab.errors import DataError, ParameterError, SaveError, VerificationError, quote
+from onnxslim_lab.errors import DataError, ParameterError, SaveError, SessionError, VerificationError, quote
 from onnxslim_lab.evaluate import PairedResult, evaluate_pair
 from onnxslim_lab.graph import Graph, is_op
-from onnxslim_lab.layers import Layer, find_layers
+from onnxslim_lab.macs import model_macs
 from onnxslim_lab.modelfile import SavedFiles
-from onnxslim_lab.random_data import random_data
+from onnxslim_lab.probe import runnable_data
 from onnxslim_lab.recipe import Recipe, step_text
 from onnxslim_lab.report import (
     ChangeReport,
@@ -123,11 +123,9 @@ Totals = dict[str, tuple[int, int]]  # parameters and multiply-accumulates by we
 
 def _layer_totals(graph: Graph) -> Totals:
     totals: Totals = {}
-    for part in graph.walk():
-        layers: list[Layer] = find_layers(part)[0]
-        for layer in layers:
-            parameters, macs = totals.get(layer.weight, (layer.parameters, 0))
-            totals[layer.weight] = (parameters, macs + (layer.macs() or 0))
+    for layer, count in model_macs(graph).layers:
+        parameters, macs = totals.get(layer.weight, (layer.parameters, 0))
+        totals[layer.weight] = (parameters, macs + (count or 0))
     return totals
 
 
@@ -230,7 +228,8 @@ def _prepare(graph: Graph, recipe: Recipe, data: Dataset | None, runner: Runner,
     if recipe.verify == "off":
         return run
     if data is None:
-        data = _default_data(graph, recipe.seed, run.notices)
+        progress(0, len(recipe.steps), "looking for inputs that run")
+        data = _default_data(runner, graph, recipe.seed, run.notices)
     if data is not None:
         progress(0, len(recipe.steps), "running the original")
         run.verifier = Verifier(runner, data, run.notices)
@@ -265,11 +264,12 @@ def _run_steps(run: _Run, start: float) -> Report:
     )
 
 
-def _default_data(graph: Graph, seed: int, notices: list[str]) -> Dataset | None:
+def _default_data(runner: Runner, graph: Graph, seed: int, notices: list[str]) -> Dataset | None:
+    """Return random inputs that the original runs on, None (and a notice) when there are none."""
     try:
-        return random_data(graph, samples=2, seed=seed)
-    except DataError as error:
-        notices.append(f"outputs were not compared: no random data could be made ({error}); give --data")
+        return runnable_data(runner, graph, samples=2, seed=seed)
+    except (DataError, SessionError) as error:
+        notices.append(f"outputs were not compared: {error}")
         return None
 
 

@@ -39,7 +39,8 @@ class GraphEdits(GraphValues):
             return
         old = self._initializers.get(name)
         if old is not None:
-            tensor.doc_string = old.doc_string
+            if old.HasField("doc_string"):
+                tensor.doc_string = old.doc_string
         self._initializers[name] = tensor
         self._remember(name)
         self.set_type(name, tensor.data_type, tuple(tensor.dims))
@@ -53,13 +54,8 @@ class GraphEdits(GraphValues):
         self._initializers.pop(name, None)
         self._sparse.pop(name, None)
         self._changed()
-        if self.parent is None and self.ir_version < 4 and isinstance(self._proto, GraphProto):
-            kept = [value for value in self._proto.input if value.name != name]
-            if len(kept) < len(self._proto.input):
-                self._inputs = dict.fromkeys(value.name for value in kept)
-                copies = GraphProto(input=kept)
-                del self._proto.input[:]
-                self._proto.input.extend(copies.input)
+        if self.parent is None and self.ir_version < 4 and name in self._inputs:
+            self.remove_input(name)
 
     def emit(
         self,
@@ -115,9 +111,8 @@ class GraphEdits(GraphValues):
         kept = list(values)
         while kept and not kept[-1]:
             kept.pop()
-        captured = self._captures.get(id(node), set())
-        for name in set(node.input) - captured:
-            self._drop_use(name, id(node))
+        for name in node.input:
+            self._drop_use(name, id(node), slots=1)
         del node.input[:]
         node.input.extend(kept)
         for name in kept:

@@ -68,6 +68,8 @@ class GraphIndex:
         self._bodies: dict[int, dict[str, tuple[Self, ...]]] = {}
         self._producer: dict[str, NodeProto] = {}
         self._uses: dict[str, dict[int, NodeProto]] = {}
+        self._slots: dict[tuple[str, int], int] = {}  # how often a node reads a value
+        self._totals: dict[str, int] = {}  # the sum of these over the nodes
         self._captures: dict[int, set[str]] = {}
         self._stale: dict[int, NodeProto] = {}  # owners whose captures must be looked at again
         self._types: dict[str, TypeProto] = {}
@@ -259,10 +261,18 @@ class GraphIndex:
 
     def use_count(self, value: str) -> int:
         """Count input slots, one for each node whose bodies capture the value, and graph outputs."""
-        slots = 0
-        for node in self.consumers(value):
-            slots += list(node.input).count(value) + (value in self._captures.get(id(node), ()))
-        return slots + self._outputs.count(value)
+        self._refresh()
+        return self._totals.get(value, 0) + self._outputs.count(value)
+
+    def is_used(self, value: str) -> bool:
+        """Whether anything reads the value; quick however many do."""
+        self._refresh()
+        return value in self._uses or value in self._outputs
+
+    def has_one_use(self, value: str) -> bool:
+        """Whether `use_count` is one; quick however many readers there are."""
+        self._refresh()
+        return len(self._uses.get(value, ())) <= 1 and self.use_count(value) == 1
 
     def is_output(self, value: str) -> bool:
         """Whether the value is an output of this graph."""
@@ -322,8 +332,8 @@ class GraphIndex:
                 for body in bodies:
                     now |= body.captured()
             before = self._captures.get(key, set())
-            for name in before - now - set(owner.input):
-                self._drop_use(name, key)
+            for name in before - now:
+                self._drop_use(name, key, slots=1)
             for name in now - before:
                 self._add_use(name, owner)
             self._captures[key] = now
@@ -359,14 +369,26 @@ class GraphIndex:
 
     def _add_use(self, name: str, node: NodeProto) -> None:
         if name:
-            self._uses.setdefault(name, {})[id(node)] = node
+            key = id(node)
+            self._uses.setdefault(name, {})[key] = node
+            self._slots[name, key] = self._slots.get((name, key), 0) + 1
+            self._totals[name] = self._totals.get(name, 0) + 1
 
-    def _drop_use(self, name: str, key: int) -> None:
-        readers = self._uses.get(name)
-        if readers is not None:
-            readers.pop(key, None)
-            if not readers:
-                del self._uses[name]
+    def _drop_use(self, name: str, key: int, slots: int | None = None) -> None:
+        """Forget that a node reads a value in so many places; None: in all of them."""
+        held = self._slots.pop((name, key), 0)
+        if not held:
+            return
+        dropped = held if slots is None else slots
+        self._totals[name] -= dropped
+        if held > dropped:
+            self._slots[name, key] = held - dropped
+            return
+        readers = self._uses[name]
+        del readers[key]
+        if not readers:
+            del self._uses[name]
+            del self._totals[name]
 
     def _rename_outputs(self, old: str, new: str) -> None:
         if old in self._outputs and isinstance(self._proto, GraphProto):

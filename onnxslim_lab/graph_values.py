@@ -47,6 +47,8 @@ class GraphValues(GraphWriter):
             return None
         shape = tuple(tensor.dims)
         size = stored_bytes(tensor.data_type, shape) or sum(map(len, tensor.string_data))
+        if not tensor.HasField("raw_data") and not stub_location(tensor):  # int64_data may be shorter
+            size = min(size, tensor.ByteSize() - len(tensor.name.encode()))
         return tensor.data_type, shape, size
 
     def same_constant(self, first: str, second: str) -> bool:

@@ -14,7 +14,8 @@ from rich.table import Table
 
 from onnxslim_lab.errors import one_line
 from onnxslim_lab.graph import Graph, domain_of, is_op
-from onnxslim_lab.layers import find_layers
+from onnxslim_lab.layers import Layer
+from onnxslim_lab.macs import model_macs
 from onnxslim_lab.shapes import shape_from_type
 
 SCHEMA_VERSION = 1
@@ -116,7 +117,6 @@ def inspect(graph: Graph) -> Inspection:
     operators: Counter[str] = Counter()
     stored: Counter[str] = Counter()
     parameters = graphs = constants = 0
-    layers: list[LayerReport] = []
     for part in graph.walk():
         graphs += 1
         for node in part.nodes:
@@ -130,7 +130,7 @@ def inspect(graph: Graph) -> Inspection:
             stored[TensorProto.DataType.Name(kind).lower()] += size
             if kind not in (TensorProto.INT64, TensorProto.BOOL, TensorProto.STRING):
                 parameters += math.prod(shape)
-        layers += [_layer(part, layer) for layer in find_layers(part)[0]]
+    layers = [_layer(layer, count) for layer, count in model_macs(graph).layers]
     known = [layer.macs for layer in layers if layer.macs is not None]
     return Inspection(
         source=graph.source.name,
@@ -161,7 +161,7 @@ def constant_names(graph: Graph) -> list[str]:
     return [*graph.initializers, *(name for name in nodes if graph.is_constant(name))]
 
 
-def _layer(graph: Graph, layer: Any) -> LayerReport:
+def _layer(layer: Layer, macs: int | None) -> LayerReport:
     kind, shape, size = layer.weight_graph.constant_type(layer.weight) or (0, (), 0)
     array = layer.weight_graph.constant(layer.weight)
     density = None
@@ -175,7 +175,7 @@ def _layer(graph: Graph, layer: Any) -> LayerReport:
         dtype=TensorProto.DataType.Name(kind).lower(),
         parameters=layer.parameters,
         bytes=size,
-        macs=layer.macs(),
+        macs=macs,
         density=density,
     )
 

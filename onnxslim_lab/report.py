@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -13,6 +14,7 @@ from onnxslim_lab.data import Dataset
 from onnxslim_lab.errors import one_line
 
 SCHEMA_VERSION: Literal[1] = 1
+_SHOWN = 10  # reasons in the table
 
 
 class _Part(BaseModel):
@@ -141,7 +143,10 @@ class Report(_Part):
         """Return what a person wants to see: the steps, the totals, refusals by reason, notices."""
         table = Table(title=f"{_safe(self.source)}", title_justify="left")
         for heading in ("step", "bytes", "nodes", "changes", "weights", "seconds", "outputs"):
-            table.add_column(heading, justify="left" if heading in ("step", "outputs") else "right")
+            justify: Literal["left", "right"] = "left" if heading in ("step", "outputs") else "right"
+            table.add_column(
+                heading, justify=justify, overflow="fold", ratio=2 if heading == "step" else None
+            )
         table.add_row("(original)", f"{self.bytes_before:,}", f"{self.nodes_before:,}", "", "", "", "")
         for step in self.steps:
             table.add_row(
@@ -176,17 +181,24 @@ class Report(_Part):
         refused = self.refusal_summary()
         if refused:
             lines.append("left alone:")
-            lines += [f"  {count}x {_safe(step)}: {_safe(reason)}" for (step, reason), count in refused]
+            lines += [
+                f"  {count}x {_safe(step)}: {_safe(reason)}" for (step, reason), count in refused[:_SHOWN]
+            ]
+            if len(refused) > _SHOWN:
+                lines.append(f"  and {len(refused) - _SHOWN} more reasons: see the JSON report")
         return Group(*lines)
 
     def refusal_summary(self) -> list[tuple[tuple[str, str], int]]:
-        """Return ((step, reason), count), most frequent first."""
+        """Return ((step, reason), count), most frequent first; reasons that differ in numbers are one."""
         counts: dict[tuple[str, str], int] = {}
+        shown: dict[tuple[str, str], str] = {}
         for step in self.steps:
             for refusal in step.refusals:
-                key = (step.name, refusal.reason)
+                key = (step.name, re.sub(r"\d+", "#", refusal.reason))
                 counts[key] = counts.get(key, 0) + 1
-        return sorted(counts.items(), key=lambda item: -item[1])
+                shown.setdefault(key, refusal.reason)
+        named = [((name, shown[name, kind]), count) for (name, kind), count in counts.items()]
+        return sorted(named, key=lambda item: -item[1])
 
 
 def _safe(text: str) -> str:

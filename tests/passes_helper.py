@@ -129,7 +129,8 @@ def random_feed(graph: Graph, seed: int, dims: Mapping[str, int]) -> Feed:
             continue
         tensor = kind.tensor_type
         shape = [
-            d.dim_value if d.HasField("dim_value") else dims.get(d.dim_param, 2 + seed) for d in tensor.shape.dim
+            d.dim_value if d.HasField("dim_value") else dims.get(d.dim_param, 2 + seed)
+            for d in tensor.shape.dim
         ]
         dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type)
         if tensor.elem_type == TensorProto.BOOL:
@@ -154,7 +155,9 @@ def _describe(graph: Graph, outer: dict[str, str], indent: str) -> list[str]:
     names = {name: name for name in graph.inputs} if graph.parent is None else {}
     names |= {name: f"{indent}in{i}" for i, name in enumerate(graph.inputs) if graph.parent is not None}
     declared = graph.output_types() if graph.parent is None else {}
-    lines = [f"{indent}inputs {[names[name] for name in graph.inputs]} outputs {list(declared) or len(graph.outputs)}"]
+    lines = [
+        f"{indent}inputs {[names[name] for name in graph.inputs]} outputs {list(declared) or len(graph.outputs)}"
+    ]
     done: set[int] = set()
     roots = [name for name in graph.outputs if name]
     dead = [node for node in graph.nodes if not any(name and graph.use_count(name) for name in node.output)]

@@ -112,7 +112,9 @@ class Builder:
         self.add("Cast", [middle], shape, to=TensorProto.FLOAT)
 
     def constant_operand(self, name: str, shape: Shape) -> None:
-        op_type, number = self.pick([("Add", 0), ("Sub", 0), ("Mul", 1), ("Div", 1), ("Pow", 1), ("Add", 2), ("Mul", 3)])
+        op_type, number = self.pick(
+            [("Add", 0), ("Sub", 0), ("Mul", 1), ("Div", 1), ("Pow", 1), ("Add", 2), ("Mul", 3)]
+        )
         last = shape[-1:] if shape and isinstance(shape[-1], int) else ()
         size = self.pick([(), (1,), last, (1,) * (len(shape) + 1)])
         inputs = [name, self.constant(np.full(size, number, np.float32))]
@@ -161,7 +163,9 @@ class Builder:
         same = [other for other, its in self.values if its == shape]
         inputs = [name, *self.draw(st.lists(st.sampled_from(same), max_size=2))]
         if axis is not None and shape[axis] * len(inputs) <= 16:
-            self.add("Concat", inputs, (*shape[:axis], shape[axis] * len(inputs), *shape[axis + 1 :]), axis=axis)
+            self.add(
+                "Concat", inputs, (*shape[:axis], shape[axis] * len(inputs), *shape[axis + 1 :]), axis=axis
+            )
 
     def split(self, name: str, shape: Shape) -> None:
         axis = self.fixed_axis(shape)
@@ -180,7 +184,9 @@ class Builder:
         if axis is None:
             return
         size = shape[axis]
-        start, end = self.pick([(0, 2**63 - 1), (0, size), (-size, size), (size // 2, size), (0, -(-size // 2))])
+        start, end = self.pick(
+            [(0, 2**63 - 1), (0, size), (-size, size), (size // 2, size), (0, -(-size // 2))]
+        )
         left = len(range(size)[start:end])
         inputs = [name, *(self.constant(np.array([number])) for number in (start, end, axis))]
         self.add("Slice", inputs, (*shape[:axis], left, *shape[axis + 1 :]))
@@ -212,7 +218,9 @@ class Builder:
         """Conv and BatchNormalization, Gemm or MatMul, as the rank allows."""
         if len(shape) == 4 and shape[0] == "N" and all(isinstance(dim, int) for dim in shape[1:]):
             channels, out = shape[1], self.pick([1, 2, 3])
-            inputs = [name, self.weight(out, channels, 1, 1)] + ([self.weight(out)] if self.draw(st.booleans()) else [])
+            inputs = [name, self.weight(out, channels, 1, 1)] + (
+                [self.weight(out)] if self.draw(st.booleans()) else []
+            )
             made = self.add("Conv", inputs, (shape[0], out, *shape[2:]))
             if self.draw(st.booleans()):
                 variance = self.constant(np.full(out, 0.5, np.float32))
@@ -276,5 +284,7 @@ class Builder:
             made = self.values[-1:]
         chosen = self.draw(st.lists(st.sampled_from(made), min_size=1, max_size=3, unique=True))
         outputs = [helper.make_tensor_value_info(name, 1, shape) for name, shape in {made[-1], *chosen}]
-        graph = helper.make_graph(self.nodes, "random", inputs, sorted(outputs, key=lambda v: v.name), self.tensors)
+        graph = helper.make_graph(
+            self.nodes, "random", inputs, sorted(outputs, key=lambda v: v.name), self.tensors
+        )
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)

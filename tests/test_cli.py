@@ -91,13 +91,13 @@ WRONG = {
     ("optimize", "MODEL", "-o", "OUT", "-p", "prune:include=fisrt"): "'fisrt'",
     ("optimize", "MODEL", "-o", "OUT", "--data", "DATA", "--metric", "tpo1"): "did you mean 'top1'",
     ("optimize", "MODEL", "-o", "OUT", "--data", "BADDATA"): "did you mean 'x'",
-    ("optimize", "MODEL", "-o", "OUT", "--dim", "m=3"): "'n'",
+    ("optimize", "MODEL", "-o", "OUT", "--dim", "m=3"): "choose from n",
     ("optimize", "MODEL", "-o", "OUT", "--memory", "lots"): "512MB",
     ("optimize", "MODEL"): "--dry-run",
     ("optimize", "nothing.onnx", "-o", "OUT"): "No such file",
     ("passes", "simplfy"): "did you mean 'simplify'",
     ("recipe", "check", "none.yaml"): "No such file",
-    ("compare", "MODEL", "OTHER"): "output 'z' is in one model only",
+    ("compare", "MODEL", "OTHER"): "is in one model only",
 }
 
 

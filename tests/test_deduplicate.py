@@ -99,14 +99,26 @@ def test_splits_of_different_count() -> None:
 
 
 def test_random_and_unknown() -> None:
-    check(PASS, "g (float[2] x) => (float[2] y) { a = RandomNormalLike(x) b = RandomNormalLike(x) y = Sub(a, b) }", run=False)
+    check(
+        PASS,
+        "g (float[2] x) => (float[2] y) { a = RandomNormalLike(x) b = RandomNormalLike(x) y = Sub(a, b) }",
+        run=False,
+    )
     text = "float r = {0.5}, bool t = {1}"
-    check(PASS, f"g (float[2] x) => (float[2] y) <{text}> {{ a = Dropout(x, r, t) b = Dropout(x, r, t) y = Sub(a, b) }}", run=False)
+    check(
+        PASS,
+        f"g (float[2] x) => (float[2] y) <{text}> {{ a = Dropout(x, r, t) b = Dropout(x, r, t) y = Sub(a, b) }}",
+        run=False,
+    )
     functions = """<ir_version: 8, opset_import: ["": 17, "f": 1]>
         g (float[2] x) => (float[2] y) {{ a = f.f(x) b = f.f(x) y = Sub(a, b) }}
         <domain: "f", opset_import: ["": 17]> f (u) => (w) {{ w = {}(u) }}"""
     check(PASS, functions.format("RandomNormalLike"), run=False)
-    check(PASS, functions.format("Exp"), functions.format("Exp").replace("b = f.f(x)", "").replace("a, b", "a, a"))
+    check(
+        PASS,
+        functions.format("Exp"),
+        functions.format("Exp").replace("b = f.f(x)", "").replace("a, b", "a, a"),
+    )
 
 
 def test_bodies() -> None:
@@ -126,7 +138,11 @@ def tied(*, gemm: bool, differ: bool = False, gather_first: bool = True) -> onnx
     if differ:
         turned[5, 7] += 1
     value = helper.make_tensor_value_info
-    last = helper.make_node("Gemm", ["h", "v"], ["y"], transA=0) if gemm else helper.make_node("MatMul", ["h", "v"], ["y"])
+    last = (
+        helper.make_node("Gemm", ["h", "v"], ["y"], transA=0)
+        if gemm
+        else helper.make_node("MatMul", ["h", "v"], ["y"])
+    )
     graph = helper.make_graph(
         [helper.make_node("Gather", ["w", "i"], ["h"]), last],
         "g",

@@ -46,7 +46,8 @@ def test_initializers_of_ir_3_leave_the_inputs() -> None:
     old = '<ir_version: 3, opset_import: ["": 8]> '
     check(
         PASS,
-        old + "g (float[2] x, float[2] w, float[2] v) => (float[2] y) <float[2] w = {1, 2}, float[2] v = {3, 4}>"
+        old
+        + "g (float[2] x, float[2] w, float[2] v) => (float[2] y) <float[2] w = {1, 2}, float[2] v = {3, 4}>"
         "{ y = Add(x, v) }",
         old + "g (float[2] x, float[2] v) => (float[2] y) <float[2] v = {3, 4}> { y = Add(x, v) }",
     )
@@ -59,7 +60,9 @@ def test_optional_outputs() -> None:
         "{ a, m = Dropout(x) y, i = MaxPool<kernel_shape=[2,2], strides=[2,2]>(a) }",
         "g (float[1,1,4,4] x) => (float[1,1,2,2] y) { a = Dropout(x) y = MaxPool<kernel_shape=[2,2], strides=[2,2]>(a) }",
     )
-    weights = ", ".join(f"float[1,{8},{n}] {name} = {{{', '.join(['0.1'] * 8 * n)}}}" for name, n in (("w", 3), ("r", 2)))
+    weights = ", ".join(
+        f"float[1,{8},{n}] {name} = {{{', '.join(['0.1'] * 8 * n)}}}" for name, n in (("w", 3), ("r", 2))
+    )
     check(
         PASS,
         f"g (float[5,1,3] x) => (float[1,1,2] h) <{weights}> {{ s, h, c = LSTM<hidden_size=2>(x, w, r) }}",
@@ -107,9 +110,16 @@ def test_unused_outputs_of_scan() -> None:
     def body(outputs: list[str]) -> onnx.GraphProto:
         kinds = {"o": [2], "p": [2], "q": [2]}
         nodes = [helper.make_node("Add", ["s", "e"], ["o"])]
-        nodes += [helper.make_node(op, ["e"], [name]) for op, name in (("Sin", "p"), ("Cos", "q")) if name in outputs]
+        nodes += [
+            helper.make_node(op, ["e"], [name])
+            for op, name in (("Sin", "p"), ("Cos", "q"))
+            if name in outputs
+        ]
         return helper.make_graph(
-            nodes, "b", [value("s", 1, [2]), value("e", 1, [2])], [value(name, 1, kinds[name]) for name in outputs]
+            nodes,
+            "b",
+            [value("s", 1, [2]), value("e", 1, [2])],
+            [value(name, 1, kinds[name]) for name in outputs],
         )
 
     def model(outputs: list[str], directions: list[int]) -> onnx.ModelProto:
@@ -132,7 +142,11 @@ def test_functions() -> None:
     spare = '<domain: "f", opset_import: ["": 17, "f": 1]> spare (u) => (w) { w = f.deep(u) }\n'
     deep = '<domain: "f", opset_import: ["": 17]> deep (u) => (w) { w = Exp(u) }\n'
     main = "g (float[2] x) => (float[2] y) { %s y = f.used(x) }\n"
-    check(PASS, head + main % "z = f.spare(x)" + used % "v = Exp(u)" + spare + deep, head + main % "" + used % "")
+    check(
+        PASS,
+        head + main % "z = f.spare(x)" + used % "v = Exp(u)" + spare + deep,
+        head + main % "" + used % "",
+    )
 
 
 def test_annotated_and_sparse_initializers() -> None:
@@ -141,7 +155,8 @@ def test_annotated_and_sparse_initializers() -> None:
         "<float s = {0.5}, float t = {0.5}> { y = Exp(x) }"
     )
     model.graph.quantization_annotation.add(
-        tensor_name="y", quant_parameter_tensor_names=[onnx.StringStringEntryProto(key="SCALE_TENSOR", value="s")]
+        tensor_name="y",
+        quant_parameter_tensor_names=[onnx.StringStringEntryProto(key="SCALE_TENSOR", value="s")],
     )
     values = helper.make_tensor("spare", TensorProto.FLOAT, [1], [1.0])
     indices = helper.make_tensor("spare_at", TensorProto.INT64, [1], [2])

@@ -99,12 +99,18 @@ def test_flatten_of_a_matrix() -> None:
         ("a = Cast<to=10>(x) y = Cast<to=1>(a)", ""),
         ("y = Clip(x, z)", "float z = {0}"),
         ("y = Slice(x, s, s2, i)", "int64[1] s = {0}, int64[1] s2 = {-1}, int64[1] i = {0}"),
-        ("y = Slice(x, s, e, i, t)", "int64[1] s = {-1}, int64[1] e = {-99}, int64[1] i = {2}, int64[1] t = {-1}"),
+        (
+            "y = Slice(x, s, e, i, t)",
+            "int64[1] s = {-1}, int64[1] e = {-99}, int64[1] i = {2}, int64[1] t = {-1}",
+        ),
         ("y = Transpose<perm=[0,2,1]>(x)", ""),
         ("y = Relu(x)", ""),
         ("a = Abs(x) y = Neg(a)", ""),
-        ('y = Resize<coordinate_transformation_mode="tf_half_pixel_for_nn", mode="nearest", '
-         'nearest_mode="ceil">(x, , s)', "float[3] s = {1, 1, 1}"),
+        (
+            """y = Resize<coordinate_transformation_mode="tf_half_pixel_for_nn", mode="nearest",
+               nearest_mode="ceil">(x, , s)""",
+            "float[3] s = {1, 1, 1}",
+        ),
     ],
 )
 def test_does_something(body: str, constants: str) -> None:
@@ -116,13 +122,27 @@ def test_does_something(body: str, constants: str) -> None:
 def test_broadcasting_grows() -> None:
     untouched("y = Add(x, z)", x="float[1,4] x", y="float[3,4] y", constants="float[3,1] z = {0, 0, 0}")
     untouched("y = Add(x, z)", x="float[N] x", y="float[N,M] y", constants="float[1,1] z = {0}")
-    untouched("y = Where(c, x, z)", x="float[1] x", y="float[2] y", constants="bool[2] c = {1, 1}, float z = {0}")
+    untouched(
+        "y = Where(c, x, z)", x="float[1] x", y="float[2] y", constants="bool[2] c = {1, 1}, float z = {0}"
+    )
     untouched("y = Expand(x, s)", x="float[1,4] x", y="float[3,4] y", constants="int64[2] s = {3, 4}")
 
 
 def test_reshape_that_may_differ() -> None:
-    untouched("y = Reshape(x, s)", x="float[N,M] x", y="float[A,B] y", constants="int64[2] s = {-1, 4}", dims={"M": 4})
-    untouched("y = Reshape(x, s)", x="float[N,4] x", y="float[1,4] y", constants="int64[2] s = {1, 4}", dims={"N": 1})
+    untouched(
+        "y = Reshape(x, s)",
+        x="float[N,M] x",
+        y="float[A,B] y",
+        constants="int64[2] s = {-1, 4}",
+        dims={"M": 4},
+    )
+    untouched(
+        "y = Reshape(x, s)",
+        x="float[N,4] x",
+        y="float[1,4] y",
+        constants="int64[2] s = {1, 4}",
+        dims={"N": 1},
+    )
 
 
 def test_interface_stays() -> None:
@@ -134,8 +154,11 @@ def test_interface_stays() -> None:
 
 
 def test_output_of_the_graph_keeps_its_name() -> None:
-    check(PASS, graph("a = Exp(x) b = Sin(a) y = Identity(a)", y="float[N,3,4] y"),
-          graph("y = Exp(x) b = Sin(y)"))
+    check(
+        PASS,
+        graph("a = Exp(x) b = Sin(a) y = Identity(a)", y="float[N,3,4] y"),
+        graph("y = Exp(x) b = Sin(y)"),
+    )
 
 
 def test_dropout_mask_in_use() -> None:
@@ -144,7 +167,11 @@ def test_dropout_mask_in_use() -> None:
 
 def test_relu_before_clip() -> None:
     constants = "float a = {0}, float b = {6}"
-    check(PASS, graph("r = Relu(x) y = Clip(r, a, b)", constants=constants), graph("y = Clip(x, a, b)", constants=constants))
+    check(
+        PASS,
+        graph("r = Relu(x) y = Clip(r, a, b)", constants=constants),
+        graph("y = Clip(x, a, b)", constants=constants),
+    )
     check(PASS, graph("r = Relu(x) y = Clip(r, a)", constants="float a = {0}"), graph("y = Relu(x)"))
     check(PASS, graph("r = Sigmoid(x) s = Relu(r) y = Abs(s)"), graph("y = Sigmoid(x)"))
     check(PASS, graph("r = Round(x) s = Floor(r) y = Ceil(s)"), graph("y = Round(x)"))
@@ -160,7 +187,11 @@ def test_clips() -> None:
     apart = "float a = {-0.5}, float b = {0.5}, float c = {1}, float d = {9}"
     untouched("r = Clip(x, a, b) y = Clip(r, c, d)", constants=apart)
     old = '<ir_version: 3, opset_import: ["": 6]> g (float[4] x) => (float[4] y) { %s }'
-    check(PASS, old % "r = Clip<min=-0.5, max=0.5>(x) y = Clip<min=0.0>(r)", old % "y = Clip<min=0.0, max=0.5>(x)")
+    check(
+        PASS,
+        old % "r = Clip<min=-0.5, max=0.5>(x) y = Clip<min=0.0>(r)",
+        old % "y = Clip<min=0.0, max=0.5>(x)",
+    )
 
 
 def test_pairs_become_one() -> None:
@@ -169,7 +200,11 @@ def test_pairs_become_one() -> None:
         graph("a = Transpose<perm=[1,0,2]>(x) y = Transpose<perm=[0,2,1]>(a)", y="float[3,4,N] y"),
         graph("y = Transpose<perm=[1,2,0]>(x)", y="float[3,4,N] y"),
     )
-    check(PASS, graph("a = Cast<to=11>(x) y = Cast<to=6>(a)", y="int32[N,3,4] y"), graph("y = Cast<to=6>(x)", y="int32[N,3,4] y"))
+    check(
+        PASS,
+        graph("a = Cast<to=11>(x) y = Cast<to=6>(a)", y="int32[N,3,4] y"),
+        graph("y = Cast<to=6>(x)", y="int32[N,3,4] y"),
+    )
     check(
         PASS,
         graph("a = Concat<axis=1>(x, x) y = Concat<axis=-2>(x, a, x)", y="float[N,12,4] y"),
@@ -180,7 +215,11 @@ def test_pairs_become_one() -> None:
 def test_reshapes() -> None:
     check(
         PASS,
-        graph("a = Reshape(x, s) y = Reshape(a, t)", y="float[A,6] y", constants="int64[1] s = {-1}, int64[2] t = {-1, 6}"),
+        graph(
+            "a = Reshape(x, s) y = Reshape(a, t)",
+            y="float[A,6] y",
+            constants="int64[1] s = {-1}, int64[2] t = {-1, 6}",
+        ),
         graph("y = Reshape(x, t)", y="float[A,6] y", constants="int64[2] t = {-1, 6}"),
     )
     check(
@@ -190,31 +229,46 @@ def test_reshapes() -> None:
     )
     check(
         PASS,
-        graph("a = Unsqueeze(x, i) y = Unsqueeze(a, j)", x="float[N,M] x", y="float[1,N,1,M] y",
-              constants="int64[1] i = {1}, int64[1] j = {0}"),
+        graph(
+            "a = Unsqueeze(x, i) y = Unsqueeze(a, j)",
+            x="float[N,M] x",
+            y="float[1,N,1,M] y",
+            constants="int64[1] i = {1}, int64[1] j = {0}",
+        ),
         graph("y = Unsqueeze(x, k)", x="float[N,M] x", y="float[1,N,1,M] y", constants="int64[2] k = {0, 2}"),
     )
     check(
         PASS,
-        graph("a = Squeeze(x, i) y = Squeeze(a, j)", x="float[1,A,1,B] x", y="float[A,B] y",
-              constants="int64[1] i = {0}, int64[1] j = {1}"),
+        graph(
+            "a = Squeeze(x, i) y = Squeeze(a, j)",
+            x="float[1,A,1,B] x",
+            y="float[A,B] y",
+            constants="int64[1] i = {0}, int64[1] j = {1}",
+        ),
         graph("y = Squeeze(x, k)", x="float[1,A,1,B] x", y="float[A,B] y", constants="int64[2] k = {0, 2}"),
     )
 
 
 def test_zero_in_a_shape_reads_the_intermediate_shape() -> None:
     feed = {"x": np.ones((2, 3, 4), np.float32), "s": np.array([6, 4])}
-    text = "g (float[N,M,K] x, int64[2] s) => (float[A,B,2] y) <int64[3] t = {0, -1, 2}>" \
-           "{ a = Reshape(x, s) y = Reshape(a, t) }"
+    text = (
+        "g (float[N,M,K] x, int64[2] s) => (float[A,B,2] y) <int64[3] t = {0, -1, 2}>"
+        "{ a = Reshape(x, s) y = Reshape(a, t) }"
+    )
     check(PASS, text, feeds=[feed])
-    check(PASS, text.replace("{0, -1, 2}", "{-1, 1, 2}").replace("B,2]", "1,2]"),
-          "g (float[N,M,K] x, int64[2] s) => (float[A,1,2] y) <int64[3] t = {-1, 1, 2}> { y = Reshape(x, t) }",
-          feeds=[feed])
+    check(
+        PASS,
+        text.replace("{0, -1, 2}", "{-1, 1, 2}").replace("B,2]", "1,2]"),
+        "g (float[N,M,K] x, int64[2] s) => (float[A,1,2] y) <int64[3] t = {-1, 1, 2}> { y = Reshape(x, t) }",
+        feeds=[feed],
+    )
 
 
 def test_other_readers_keep_the_first() -> None:
-    text = "g (float[2,3,4] x) => (float[3,4,2] y, float[3,2,4] z)" \
-           "{ a = Transpose<perm=[1,0,2]>(x) y = Transpose<perm=[0,2,1]>(a) z = Relu(a) }"
+    text = (
+        "g (float[2,3,4] x) => (float[3,4,2] y, float[3,2,4] z)"
+        "{ a = Transpose<perm=[1,0,2]>(x) y = Transpose<perm=[0,2,1]>(a) z = Relu(a) }"
+    )
     check(PASS, text)
 
 
@@ -226,21 +280,33 @@ def test_bodies_and_functions() -> None:
                     else_branch = e () => (float[N] q) { q = Identity(a) }>
     }
     <domain: "f", opset_import: ["": 17]> id (u) => (w) { s = Identity(u) t = Relu(s) v = Relu(t) w = Dropout(v) }"""
-    check(PASS, text, """<ir_version: 8, opset_import: ["": 17, "f": 1]>
+    check(
+        PASS,
+        text,
+        """<ir_version: 8, opset_import: ["": 17, "f": 1]>
     g (float[N] x, bool c) => (float[N] y) {
         a = f.id(x)
         y = If (c) <then_branch = t () => (float[N] p) { p = Exp(a) },
                     else_branch = e () => (float[N] q) { q = Identity(a) }>
     }
-    <domain: "f", opset_import: ["": 17]> id (u) => (w) { w = Relu(u) }""")
+    <domain: "f", opset_import: ["": 17]> id (u) => (w) { w = Relu(u) }""",
+    )
 
 
 def test_attribute_reference_is_left_alone() -> None:
-    check(PASS, """<ir_version: 8, opset_import: ["": 17, "f": 1]>
+    check(
+        PASS,
+        """<ir_version: 8, opset_import: ["": 17, "f": 1]>
     g (float[N] x) => (float[N] y) { y = f.cast<to=1>(x) }
-    <domain: "f", opset_import: ["": 17]> cast<to>(u) => (w) { w = Cast<to: int = @to>(u) }""")
+    <domain: "f", opset_import: ["": 17]> cast<to>(u) => (w) { w = Cast<to: int = @to>(u) }""",
+    )
 
 
 def test_chain_of_ten_thousand() -> None:
     steps = " ".join(f"a{i + 1} = {'Identity' if i % 2 else 'Neg'}(a{i})" for i in range(10_000))
-    check(PASS, f"g (float[2] a0) => (float[2] a10001) {{ {steps} a10001 = Exp(a10000) }}", "g (float[2] a0) => (float[2] a10001) { a10001 = Exp(a0) }", run=False)
+    check(
+        PASS,
+        f"g (float[2] a0) => (float[2] a10001) {{ {steps} a10001 = Exp(a10000) }}",
+        "g (float[2] a0) => (float[2] a10001) { a10001 = Exp(a0) }",
+        run=False,
+    )

@@ -261,6 +261,17 @@ def test_integer_tables_are_narrowed_but_not_the_storage_of_decoders():
     assert "quantized" in [item.name for item in result.graph.initializer]
 
 
+def test_storage_that_the_pass_wrote_is_left_alone():
+    integers = np.random.default_rng(0).integers(-127, 128, (512, 64)).astype(np.float32)
+    integers[:, 0] = 127
+    # scales are powers of two: they would fit float16, and starts of codebooks uint16
+    grid = integers * (np.float32(2) ** -(np.arange(512) % 12)).astype(np.float32)[:, None]
+    groups = np.concatenate([pruned((16, 512), 1.0, 16, seed) for seed in range(32)])
+    result, outcome = encoded(network(weights=[grid, np.ascontiguousarray(groups[:64])]))
+    assert [change.where for change in outcome.changes] == ["fc0.weight", "fc1.weight"]
+    assert np.array_equal(run(result)[0], run(network(weights=[grid, groups[:64]]))[0])
+
+
 def test_interface_and_metadata_stay():
     model = network()
     helper.set_model_props(model, {"classes": "0123456789"})

@@ -11,7 +11,7 @@ from onnxslim_lab.graph import Graph
 from onnxslim_lab.passes.fuse_linear import FuseLinear
 
 QUICK = settings(
-    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 W = "float[2,1,1,1] w = {1, 2}, float[2] c = {10, 20}"
 
@@ -291,6 +291,56 @@ def test_pads_that_stay(lines):
     check(FuseLinear(), f"""g (float[n,1,6,6] x) => (float[n,a,b,d] y) <float[1,1,2,2] w = {{1, 2, 3, 4}},
     int64[8] q = {{0,0,1,1,0,0,1,1}}, int64[8] channel = {{0,1,0,0,0,1,0,0}}, int64[8] cut = {{0,0,-1,0,0,0,0,0}},
     float one = {{1}}> {{ {lines} }}""", None)  # fmt: skip
+
+
+def test_a_scalar_goes_back_through_linear_nodes():
+    heads = "int64[4] h = {0, 0, 2, 1}, float[2] q = {1, 2}, float[2,2] v = {1, 2, 3, 4}"
+    lines = """a = MatMul(x, w) b = Add(a, c) d = Reshape(b, h) e = Transpose<perm = [0, 2, 1, 3]>(d) f = MatMul(x, v)
+    g = Add(f, q) i = Reshape(g, h) k = Transpose<perm = [0, 2, 3, 1]>(i)"""
+    check(
+        FuseLinear(),
+        f"""g (float[n,5,2] x) => (float[n,2,5,5] y) <float[2,2] w = {{1, 2, 3, 4}}, float[2] c = {{2, 4}}, {heads},
+        float s = {{2}}> {{ {lines} m = MatMul(e, k) y = Div(m, s) }}""",
+        f"""g (float[n,5,2] x) => (float[n,2,5,5] y) <float[2,2] w = {{0.5, 1, 1.5, 2}}, float[2] c = {{1, 2}}, {heads}>
+        {{ {lines} y = MatMul(e, k) }}""",
+    )
+
+
+@pytest.mark.parametrize(("number", "goes"), [("2", True), ("-2", False)])
+def test_only_a_positive_scalar_passes_relu(number, goes):
+    before = f"g (float[n,1,4,4] x) => (float[n,2,a,b] y) <{W}, float k = {{{number}}}>"
+    check(
+        FuseLinear(),
+        f"{before} {{ h = Conv(x, w, c) r = Relu(h) p = MaxPool<kernel_shape = [2,2]>(r) y = Mul(p, k) }}",
+        """g (float[n,1,4,4] x) => (float[n,2,a,b] y) <float[2,1,1,1] w = {2, 4}, float[2] c = {20, 40}>
+        { h = Conv(x, w, c) r = Relu(h) y = MaxPool<kernel_shape = [2,2]>(r) }"""
+        if goes
+        else None,
+    )
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "h = Conv(x, w, c) r = Sigmoid(h) y = Mul(r, k)",  # not linear
+        "h = Conv(x, w, c) r = Relu(h) m = Mul(r, k) y = Add(m, r)",  # another reader on the way
+    ],
+)
+def test_a_scalar_that_cannot_go_back_stays(lines):
+    check(
+        FuseLinear(), f"g (float[n,1,4,4] x) => (float[n,2,4,4] y) <{W}, float k = {{2}}> {{ {lines} }}", None
+    )
+
+
+def test_a_scale_passes_the_shift_before_a_padded_conv():
+    conv_of = "Conv<kernel_shape = [1,1], pads = [1,1,1,1]>"
+    check(
+        FuseLinear(),
+        f"""g (float[n,1,4,4] x) => (float[n,2,6,6] y) <{W}, float[1] k = {{2}}, float[1] t = {{6}}>
+        {{ r = Relu(x) m = Mul(r, k) a = Add(m, t) y = {conv_of}(a, w, c) }}""",
+        f"""g (float[n,1,4,4] x) => (float[n,2,6,6] y) <float[2,1,1,1] w = {{2, 4}}, float[2] c = {{10, 20}},
+        float[1] t = {{3}}> {{ r = Relu(x) a = Add(r, t) y = {conv_of}(a, w, c) }}""",
+    )
 
 
 @st.composite

@@ -46,7 +46,10 @@ def test_equal_branches() -> None:
         f"g (float[N] x, bool c) => (float[N] y) {{ {branches(THEN, same)} }}",
         "g (float[N] x, bool c) => (float[N] y) { a = Exp(x) y = Sin(a) }",
     )
-    check(PASS, f"g (float[N] x, float[N] z, bool c) => (float[N] y) {{ {branches(THEN, same.replace('(x)', '(z)'))} }}")
+    check(
+        PASS,
+        f"g (float[N] x, float[N] z, bool c) => (float[N] y) {{ {branches(THEN, same.replace('(x)', '(z)'))} }}",
+    )
 
 
 def test_names_stay_unique() -> None:
@@ -88,10 +91,12 @@ def test_nested_25_deep_stays_in_order() -> None:
     inner = "y25 = Exp(x)"
     for depth in reversed(range(25)):
         inner = (
-            f"s{depth} = Add(x, k{depth - 1})" if depth else "s0 = Sin(x)"
-        ) + f" k{depth} = Abs(s{depth}) " + f"""r{depth} = If (c) <then_branch = t{depth} () => (float[N] y{depth + 1})
+            (f"s{depth} = Add(x, k{depth - 1})" if depth else "s0 = Sin(x)")
+            + f" k{depth} = Abs(s{depth}) "
+            + f"""r{depth} = If (c) <then_branch = t{depth} () => (float[N] y{depth + 1})
             {{ {inner} }}, else_branch = e{depth} () => (float[N] z{depth + 1}) {{ z{depth + 1} = Neg(k{depth}) }}>
             y{depth} = Add(r{depth}, k{depth})"""
+        )
     before = load(f"g (float[N] x) => (float[N] y0) <bool c = {{1}}> {{ {inner} }}")
     graph = before.copy()
     outcome = PASS.run(graph)
@@ -109,7 +114,11 @@ def test_in_bodies_and_functions() -> None:
             else_branch = e () => (float[2] q) { q = Abs(v) }> r = Neg(r0) }, else_branch = w () => (float[2] s) { s = Sin(v) }> }
         <domain: "f", opset_import: ["": 17]> f (u) => (w) { c = Constant<value = bool {0}>()
             w = If (c) <then_branch = t () => (float[2] p) { p = Exp(u) }, else_branch = e () => (float[2] q) { q = Abs(u) }> }"""
-    check(PASS, text, """<ir_version: 8, opset_import: ["": 17, "f": 1]> g (float[2] x, bool d) => (float[2] y) {
+    check(
+        PASS,
+        text,
+        """<ir_version: 8, opset_import: ["": 17, "f": 1]> g (float[2] x, bool d) => (float[2] y) {
         v = f.f(x) y = If (d) <then_branch = o () => (float[2] r) { p = Exp(v) r = Neg(p) },
             else_branch = w () => (float[2] s) { s = Sin(v) }> }
-        <domain: "f", opset_import: ["": 17]> f (u) => (w) { w = Abs(u) }""")
+        <domain: "f", opset_import: ["": 17]> f (u) => (w) { w = Abs(u) }""",
+    )

@@ -26,7 +26,8 @@ def test_calls_and_nested_calls() -> None:
             "twice (u) => (w) { a = f.once(u) w = f.once(a) }",
             "once (u) => (w) { t = Exp(u) w = Sin(t) }",
         ),
-        HEAD + """g (float[N] x) => (float[N] y) { a = Abs(x) b = Exp(a) c = Sin(b) d = Exp(c) e = Sin(d)
+        HEAD
+        + """g (float[N] x) => (float[N] y) { a = Abs(x) b = Exp(a) c = Sin(b) d = Exp(c) e = Sin(d)
                   h = Exp(e) y = Sin(h) }""",
     )
 
@@ -41,7 +42,8 @@ def test_attributes() -> None:
                 "<to> {alpha: float = 0.25, low: float = 1.0}", "<to, alpha: float = 0.25>"
             ),
         ),
-        HEAD + """g (float[N] x) => (float[N] y, float[N] z) {
+        HEAD
+        + """g (float[N] x) => (float[N] y, float[N] z) {
             k = Constant<value_float = 0.5>() a = LeakyRelu<alpha = 0.5>(x) b = Mul(a, k) y = Cast<to = 1>(b)
             l = Constant<value_float = 0.25>() c = LeakyRelu<alpha = 0.25>(x) d = Mul(c, l) z = Cast<to = 1>(d) }""",
     )
@@ -74,7 +76,10 @@ def test_absent_inputs_and_outputs() -> None:
 def test_output_that_is_an_input() -> None:
     check(
         PASS,
-        model("g (float[N] x) => (float[N] y) { y, z = f.same(x) }", "same (u) => (w, v) { w = Identity(u) v = Exp(w) }"),
+        model(
+            "g (float[N] x) => (float[N] y) { y, z = f.same(x) }",
+            "same (u) => (w, v) { w = Identity(u) v = Exp(w) }",
+        ),
         HEAD + "g (float[N] x) => (float[N] y) { y = Identity(x) v = Exp(y) }",
     )
 
@@ -88,7 +93,8 @@ def test_bodies_with_names_of_the_main_graph() -> None:
             """f (x, c) => (y) { k = Exp(x) y = If (c) <then_branch = a () => (float[2] t) { i = Sin(k) t = Neg(i) },
                else_branch = b () => (float[2] s) { s = Cos(x) }> }""",
         ),
-        HEAD + """g (float[2] x, bool c) => (float[2] y) { t = Exp(x)
+        HEAD
+        + """g (float[2] x, bool c) => (float[2] y) { t = Exp(x)
             k1 = Exp(t) i = If (c) <then_branch = a () => (float[2] t1) { i1 = Sin(k1) t1 = Neg(i1) }, else_branch = b () => (float[2] s1) { s1 = Cos(t) }>
             k2 = Exp(i) j = If (c) <then_branch = a () => (float[2] t2) { i2 = Sin(k2) t2 = Neg(i2) }, else_branch = b () => (float[2] s2) { s2 = Cos(i) }>
             s = Sin(j)
@@ -98,11 +104,13 @@ def test_bodies_with_names_of_the_main_graph() -> None:
 
 
 def test_inner_names_are_unique() -> None:
-    graph = load(model(
-        "g (float[2] x, bool c) => (float[2] y) { t = f.f(x, c) y = f.f(t, c) }",
-        """f (x, c) => (y) { y = If (c) <then_branch = a () => (float[2] t) { i = Sin(x) t = Neg(i) },
+    graph = load(
+        model(
+            "g (float[2] x, bool c) => (float[2] y) { t = f.f(x, c) y = f.f(t, c) }",
+            """f (x, c) => (y) { y = If (c) <then_branch = a () => (float[2] t) { i = Sin(x) t = Neg(i) },
            else_branch = b () => (float[2] s) { s = Cos(x) }> }""",
-    ))
+        )
+    )
     PASS.run(graph)
     made = [name for part in graph.walk() for node in part.nodes for name in node.output]
     assert len(made) == len(set(made))
@@ -114,7 +122,9 @@ def test_other_opset() -> None:
     graph = load(text % (11, "w = Softmax(u)"))
     outcome = PASS.run(graph)
     assert [node.op_type for node in graph.nodes] == ["f"]
-    assert outcome.refusals[0].reason == "function 'f' uses Softmax of operator set ai.onnx 11, the model has 17"
+    assert (
+        outcome.refusals[0].reason == "function 'f' uses Softmax of operator set ai.onnx 11, the model has 17"
+    )
     main = '<ir_version: 9, opset_import: ["": 17, "f": 1]> g (float[N,4] x) => (float[M,4] y) { y = Sigmoid(x) }'
     check(PASS, text % (16, "w = Sigmoid(u)"), main)
 
@@ -132,14 +142,22 @@ def test_no_functions() -> None:
 
 
 def test_recursion() -> None:
-    graph = load(model("g (float[N] x) => (float[N] y) { y = f.a(x) }", "a (u) => (w) { w = f.b(u) }", "b (u) => (w) { w = f.a(u) }"))
+    graph = load(
+        model(
+            "g (float[N] x) => (float[N] y) { y = f.a(x) }",
+            "a (u) => (w) { w = f.b(u) }",
+            "b (u) => (w) { w = f.a(u) }",
+        )
+    )
     with pytest.raises(ModelError, match="calls itself"):
         PASS.run(graph)
 
 
 def test_exponential_growth() -> None:
     functions = [f"f{i} (u) => (w) {{ a = f.f{i + 1}(u) w = f.f{i + 1}(a) }}" for i in range(40)]
-    graph = load(model("g (float[N] x) => (float[N] y) { y = f.f0(x) }", *functions, "f40 (u) => (w) { w = Exp(u) }"))
+    graph = load(
+        model("g (float[N] x) => (float[N] y) { y = f.f0(x) }", *functions, "f40 (u) => (w) { w = Exp(u) }")
+    )
     start = time.perf_counter()
     with pytest.raises(ModelError, match="nodes, more than"):
         PASS.run(graph)
@@ -147,9 +165,13 @@ def test_exponential_growth() -> None:
 
 
 def test_overloads() -> None:
-    made = onnx.parser.parse_model(model(
-        "g (float[N] x) => (float[N] y) { a = f.f(x) y = f.f(a) }", "f (u) => (w) { w = Exp(u) }", "h (u) => (w) { w = Sin(u) }"
-    ))
+    made = onnx.parser.parse_model(
+        model(
+            "g (float[N] x) => (float[N] y) { a = f.f(x) y = f.f(a) }",
+            "f (u) => (w) { w = Exp(u) }",
+            "h (u) => (w) { w = Sin(u) }",
+        )
+    )
     made.ir_version = 10
     made.functions[0].overload, made.functions[1].name, made.functions[1].overload = "one", "f", "two"
     made.graph.node[0].overload, made.graph.node[1].overload = "one", "two"

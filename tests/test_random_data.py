@@ -200,5 +200,7 @@ def test_two_shapes_change_what_can_change():
         first, second = data_at_two_shapes(runner, graph)
         assert first.dims == {"b": 1, "s": 16, "c": 1}
         assert second.dims == {"b": 2, "s": 24, "c": 2}
+        equal = parse("(float[b, 3] x, float[c, 3] z) => (float[b, 6] y)", "y = Concat <axis = 1> (x, z)")
+        assert data_at_two_shapes(runner, equal)[1].dims == {"b": 2, "c": 2}
         (kept,) = data_at_two_shapes(runner, graph, dims={"b": 1, "s": 4, "c": 1})
         assert kept.dims == {"b": 1, "s": 4, "c": 1}

@@ -6,10 +6,11 @@ import onnx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from passes_helper import assert_equal_outputs, assert_settled
+from passes_helper import assert_equal_outputs, assert_settled, random_feed, runner
 from random_graphs import models
 
 from onnxslim_lab.base import Pass
+from onnxslim_lab.errors import SessionError
 from onnxslim_lab.graph import Graph
 from onnxslim_lab.passes.cancel_transposes import CancelTransposes
 from onnxslim_lab.passes.deduplicate import Deduplicate
@@ -25,7 +26,7 @@ STEPS: tuple[Pass, ...] = (
     CancelTransposes(),
 )
 QUICK = settings(
-    max_examples=60, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    max_examples=25, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
 
 
@@ -33,14 +34,27 @@ def count(graph: Graph) -> int:
     return sum(node.op_type != "Constant" for part in graph.walk() for node in part.nodes)
 
 
+def runs(graph: Graph) -> bool:
+    """Whether onnxruntime runs a model: 1.31 frees what a Cast to the same type hands to a body."""
+    try:
+        runner().run(graph, [random_feed(graph, seed, {}) for seed in (0, 1)], optimization="off")
+    except SessionError as error:
+        if "Missing Input" not in str(error):
+            raise
+        return False
+    return True
+
+
 def verify(original: Graph, step: Pass) -> Graph:
     graph = original.copy()
+    before = graph.version
     outcome = step.run(graph)
-    assert bool(outcome.changes) == (graph.version != original.copy().version or bool(outcome.changes))
+    assert bool(outcome.changes) == (graph.version != before)
     onnx.checker.check_model(graph.to_model(), full_check=True)
     assert_settled(step, graph)
     assert (graph.inputs, graph.outputs) == (original.inputs, original.outputs)
-    assert_equal_outputs(original, graph)
+    if runs(original):
+        assert_equal_outputs(original, graph)
     return graph
 
 

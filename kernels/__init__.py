@@ -1,0 +1,50 @@
+"""Operator kernels in plain NumPy, one module per family; import as `onnxslim_lab.kernels`.
+
+A kernel is a function: positional parameters are the operator's inputs (an absent optional input is
+None), keyword parameters are its attributes with the defaults of the specification. Tensors are NumPy
+arrays: ml_dtypes for the small types, object arrays of str for strings. Kernels never change their inputs;
+a result may be a read-only view of an input.
+"""
+
+if __name__ != "onnxslim_lab.kernels":
+    msg = "the kernels are a part of onnxslim_lab: import onnxslim_lab.kernels, not kernels"
+    raise ImportError(msg)
+
+from onnxslim_lab.kernels import (
+    activation,
+    arithmetic,
+    cast,
+    elementwise,
+    generator,
+    indexing,
+    linear,
+    logical,
+    pad,
+    quantize,
+    reduction,
+    scatter,
+    selection,
+    shape,
+)
+from onnxslim_lab.kernels.registry import Kernel, kernel, lookup, run
+
+__all__ = [
+    "Kernel",
+    "activation",
+    "arithmetic",
+    "cast",
+    "elementwise",
+    "generator",
+    "indexing",
+    "kernel",
+    "linear",
+    "logical",
+    "lookup",
+    "pad",
+    "quantize",
+    "reduction",
+    "run",
+    "scatter",
+    "selection",
+    "shape",
+]

@@ -1,0 +1,74 @@
+"""Pad: constant, reflect, edge and wrap; negative pads crop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from onnxslim_lab.kernels.registry import Array, kernel
+from onnxslim_lab.kernels.shape import positive_axes
+
+
+def padded(data: Array, pads: Sequence[int], mode: str, value: Array, axes: Sequence[int]) -> Array:
+    """Return data with `pads` (all begins, then all ends, of `axes`) added; negative ones cut off.
+
+    Raises:
+        ValueError: The mode is unknown or there are not two pads per axis.
+    """
+    if mode not in {"constant", "reflect", "edge", "wrap"}:
+        raise ValueError(f"Pad: mode {mode!r} is not constant, reflect, edge or wrap")
+    if len(pads) != 2 * len(axes):
+        raise ValueError(f"Pad: {len(pads)} pads for {len(axes)} axes")
+    widths = [(0, 0)] * data.ndim
+    kept = [slice(None)] * data.ndim
+    for axis, before, after in zip(axes, pads[: len(axes)], pads[len(axes) :], strict=True):
+        kept[axis] = slice(max(-before, 0), data.shape[axis] - max(-after, 0))
+        widths[axis] = (max(before, 0), max(after, 0))
+    data = data[tuple(kept)]
+    if mode != "constant":
+        return np.pad(data, widths, mode=mode)  # type: ignore[call-overload, no-any-return]
+    shape = [length + sum(width) for length, width in zip(data.shape, widths, strict=True)]
+    result = np.full(shape, value.reshape(()).astype(data.dtype), data.dtype)
+    inside = tuple(slice(w[0], w[0] + length) for w, length in zip(widths, data.shape, strict=True))
+    result[inside] = data
+    return result
+
+
+def zero(data: Array) -> Array:
+    """Return the default filling: zero, or the empty string."""
+    return np.array("" if data.dtype == object else 0, data.dtype)
+
+
+@kernel("Pad", since=1)
+def Pad_1(data: Array, *, paddings: Sequence[int], mode: str = "constant", value: float = 0.0) -> Array:
+    """Return data padded on every axis."""
+    return padded(data, list(paddings), mode, np.asarray(value, data.dtype), range(data.ndim))
+
+
+@kernel("Pad", since=2)
+def Pad_2(data: Array, *, pads: Sequence[int], mode: str = "constant", value: float = 0.0) -> Array:
+    """Return data padded on every axis."""
+    return padded(data, list(pads), mode, np.asarray(value, data.dtype), range(data.ndim))
+
+
+@kernel("Pad", since=11)
+def Pad_11(data: Array, pads: Array, constant_value: Array | None = None, *, mode: str = "constant") -> Array:
+    """Return data padded on every axis."""
+    filling = zero(data) if constant_value is None else constant_value
+    return padded(data, pads.reshape(-1).tolist(), mode, filling, range(data.ndim))
+
+
+@kernel("Pad", since=18)
+def Pad_18(
+    data: Array,
+    pads: Array,
+    constant_value: Array | None = None,
+    axes: Array | None = None,
+    *,
+    mode: str = "constant",
+) -> Array:
+    """Return data padded on the axes, all unless given."""
+    filling = zero(data) if constant_value is None else constant_value
+    chosen = range(data.ndim) if axes is None else positive_axes(axes, data.ndim)
+    return padded(data, pads.reshape(-1).tolist(), mode, filling, chosen)

@@ -1,0 +1,102 @@
+"""The table of kernels: which function computes an operator at an opset version."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Function = Callable[..., Any]
+AnyFunction = TypeVar("AnyFunction", bound=Function)
+
+IGNORED = frozenset({"consumed_inputs"})
+"""Attributes that never meant anything for the result: in-place hints of opsets 1 to 5."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One version of an operator.
+
+    Attributes:
+        op_type, domain: The operator; the default domain is "".
+        since: First opset version this function implements.
+        function: Inputs positional, attributes by keyword; returns an array or a tuple of arrays.
+        counts_outputs: Whether the function takes `output_count`, the number of outputs of the node.
+    """
+
+    op_type: str
+    domain: str
+    since: int
+    function: Function
+    counts_outputs: bool
+
+
+_TABLE: dict[tuple[str, str], list[Kernel]] = {}
+
+
+def kernel(op_type: str, since: int, domain: str = "") -> Callable[[AnyFunction], AnyFunction]:
+    """Register a function as the kernel of an operator from opset version `since` on.
+
+    The function runs with NumPy's floating point warnings off; scalars it returns become 0-d arrays.
+
+    Raises:
+        ValueError: The operator has a kernel of that version already.
+    """
+
+    def register(function: AnyFunction) -> AnyFunction:
+        @functools.wraps(function)
+        def quiet(*inputs: Array | None, **attributes: Any) -> Array | tuple[Array, ...]:
+            with np.errstate(all="ignore"):
+                result = function(*inputs, **attributes)
+            if isinstance(result, tuple):
+                return tuple(np.asarray(value) for value in result)
+            return np.asarray(result)
+
+        counts = "output_count" in inspect.signature(function).parameters
+        versions = _TABLE.setdefault((domain, op_type), [])
+        if any(known.since == since for known in versions):
+            raise ValueError(f"kernel {op_type} since {since} is registered twice")
+        versions.append(Kernel(op_type, domain, since, quiet, counts))
+        versions.sort(key=lambda known: known.since)
+        return function
+
+    return register
+
+
+def lookup(op_type: str, domain: str = "", opset: int = 1) -> Kernel | None:
+    """Return the kernel with the greatest `since` not above the opset, or None.
+
+    >>> lookup("Squeeze", "", 12).since, lookup("Squeeze", "ai.onnx", 21).since, lookup("Nope")
+    (1, 13, None)
+    """
+    versions = _TABLE.get(("" if domain == "ai.onnx" else domain, op_type), [])
+    position = bisect_right(versions, opset, key=lambda known: known.since)
+    return versions[position - 1] if position else None
+
+
+def kernels() -> Iterator[Kernel]:
+    """Yield every registered kernel."""
+    for versions in _TABLE.values():
+        yield from versions
+
+
+def run(
+    found: Kernel, inputs: Sequence[Array | None], attributes: Mapping[str, Any], output_count: int = 1
+) -> tuple[Array, ...]:
+    """Compute a node; returns all outputs of the operator, at least `output_count` of them.
+
+    Raises:
+        ValueError, TypeError, IndexError, ZeroDivisionError, NotImplementedError: The inputs do not fit.
+    """
+    given = {name: value for name, value in attributes.items() if name not in IGNORED}
+    if found.counts_outputs:
+        given["output_count"] = output_count
+    result = found.function(*inputs, **given)
+    return result if isinstance(result, tuple) else (result,)

@@ -1,0 +1,65 @@
+"""Removing a node together with what only it needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from onnx import NodeProto
+
+from onnxslim_lab.graph import Graph
+
+
+def label(node: NodeProto) -> str:
+    """Return what a report calls a node: its name, else the first value it makes."""
+    return node.name or next(filter(None, node.output), node.op_type)
+
+
+def is_unused(graph: Graph, node: NodeProto) -> bool:
+    """Whether nothing reads any output of a node."""
+    return not any(name and graph.is_used(name) for name in node.output)
+
+
+def is_spare(graph: Graph, name: str, referenced: set[str] | None = None) -> bool:
+    """Whether an initializer of this graph is unused and no part of the interface.
+
+    Args:
+        graph: The graph that has it.
+        name: A dense or sparse initializer.
+        referenced: `graph.referenced()`, where many are asked about.
+    """
+    overridable = graph.is_input(name) and (graph.ir_version >= 4 or graph.parent is not None)
+    if overridable or graph.is_used(name):
+        return False
+    return name not in (graph.referenced() if referenced is None else referenced)
+
+
+def remove_unused(graph: Graph, node: NodeProto) -> None:
+    """Remove a node that nothing reads, and the nodes and initializers that only it kept in use."""
+    if node not in graph or not is_unused(graph, node):
+        return
+    captured = {name for bodies in graph.bodies(node).values() for body in bodies for name in body.captured()}
+    graph.remove(node)
+    release(graph, captured.union(node.input))
+
+
+def release(graph: Graph, names: Iterable[str]) -> None:
+    """Remove what makes these values, unless something reads them, and what only that kept in use."""
+    stack = [(graph, name) for name in names if name]
+    while stack:
+        inner, name = stack.pop()
+        scope = inner.scope_of(name)
+        if scope is None or scope.is_used(name):
+            continue
+        producer = scope.producer(name)
+        if producer is None:
+            if scope.is_constant(name) and is_spare(scope, name):
+                scope.remove_constant(name)
+        elif is_unused(scope, producer):
+            captured = {
+                name
+                for bodies in scope.bodies(producer).values()
+                for body in bodies
+                for name in body.captured()
+            }
+            scope.remove(producer)
+            stack += [(scope, name) for name in captured.union(producer.input) if name]

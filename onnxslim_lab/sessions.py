@@ -1,0 +1,307 @@
+"""The one place that runs onnxruntime: in a child process, so that its crash is a verdict and not ours."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import tempfile
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from onnxslim_lab._messages import Value
+from onnxslim_lab._session_child import Child, ChildError, Session
+from onnxslim_lab._session_files import ModelFile, weight_bytes
+from onnxslim_lab.errors import DataError, ParameterError, SessionError, one_line, quote, suggest
+from onnxslim_lab.graph import Graph
+from onnxslim_lab.metrics import compare_outputs
+
+Optimization = Literal["off", "basic", "extended", "layout", "all"]
+
+_LEVELS: dict[str, str] = {
+    "off": "ORT_DISABLE_ALL",
+    "basic": "ORT_ENABLE_BASIC",
+    "extended": "ORT_ENABLE_EXTENDED",
+    "layout": "ORT_ENABLE_LAYOUT",
+    "all": "ORT_ENABLE_ALL",
+}
+_MEMORY_FACTOR = 2.5  # a session holds the file's weights, their prepacked copy and activations
+_CACHED = 4  # sessions and model files kept
+
+
+class SessionTooLarge(SessionError):  # noqa: N818 - a kind of SessionError, named for what is wrong
+    """A session of this model would not fit the memory budget; nothing was started."""
+
+
+class Runner:
+    """Runs models on onnxruntime in a child process, started when first needed.
+
+    The child has telemetry off and runs in a private temporary folder, where models are saved for it;
+    sessions are kept, so that running the same graph again loads nothing. After a crash or a timeout the
+    next call starts a new child.
+
+    Args:
+        threads: Intra-op threads; 0 lets onnxruntime choose.
+        providers: Execution providers, in order of preference; all of them must be available.
+        timeout: Seconds for one load or one run of one feed.
+        memory: Refuse models whose session would need more bytes than this; None for no limit.
+        deterministic: Use deterministic kernels, and seed random nodes by the name of their output.
+    """
+
+    def __init__(
+        self,
+        threads: int = 0,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+        timeout: float = 600.0,
+        *,
+        memory: int | None = None,
+        deterministic: bool = True,
+    ) -> None:
+        if threads < 0:
+            raise ParameterError(f"threads must be 0 (automatic) or more, not {threads}")
+        if not timeout > 0:
+            raise ParameterError(f"timeout must be more than 0 seconds, not {timeout:g}")
+        if not providers:
+            raise ParameterError("providers is empty; name at least one, such as CPUExecutionProvider")
+        self._threads = threads
+        self._providers = list(providers)
+        self._timeout = timeout
+        self._memory = memory
+        self._deterministic = deterministic
+        self._lock = threading.RLock()
+        self._child: Child | None = None
+        self._folder: Path | None = None
+        self._cleanup: weakref.finalize[..., Any] | None = None
+        self._models: OrderedDict[bytes, ModelFile] = OrderedDict()
+        self._sessions: OrderedDict[tuple[Path, str], Session] = OrderedDict()
+        self._count = 0
+        self.version = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the child and remove the private folder; the runner can be used again."""
+        with self._lock:
+            self._child = None
+            self._sessions.clear()
+            self._models.clear()
+            if self._cleanup:
+                self._cleanup()
+
+    def run(
+        self,
+        graph: Graph,
+        feeds: Iterable[dict[str, Value]],
+        *,
+        outputs: Sequence[str] | None = None,
+        optimization: Optimization = "all",
+    ) -> list[dict[str, Value]]:
+        """Run the feeds and return one dict of outputs for each.
+
+        Args:
+            graph: A root Graph; it is not changed.
+            feeds: Inputs by name: arrays, lists (sequences), dicts (maps), None (empty optionals).
+            outputs: Names of the values to return, intermediate ones of the main graph included; None
+                for the model's outputs. Asking for an intermediate value can stop onnxruntime from
+                fusing the nodes around it.
+            optimization: onnxruntime's graph optimization level.
+
+        Raises:
+            SessionError: onnxruntime refused the model or a feed, crashed, or took too long.
+            SessionTooLarge: The model does not fit the memory budget.
+            DataError: A feed has unknown or missing inputs.
+            ParameterError: A provider, level or output does not exist.
+        """
+        return list(self.stream(graph, feeds, outputs=outputs, optimization=optimization))
+
+    def stream(
+        self,
+        graph: Graph,
+        feeds: Iterable[dict[str, Value]],
+        *,
+        outputs: Sequence[str] | None = None,
+        optimization: Optimization = "all",
+    ) -> Iterator[dict[str, Value]]:
+        """As `run`, one feed at a time as the results are asked for."""
+        with self._lock:
+            model = self._model(graph)
+            wanted = list(model.outputs if outputs is None else dict.fromkeys(outputs))
+            for name in wanted:
+                if name not in model.outputs and name not in model.values:
+                    raise ParameterError(
+                        f"model {model.title} has no value {quote(name)} in its main graph"
+                        f"{suggest(name, model.values | set(model.outputs))}"
+                    )
+            if model.random:  # its generators have moved on: start them afresh
+                self._drop(model.with_outputs(wanted), optimization)
+        for number, feed in enumerate(feeds):
+            with self._lock:
+                if self._child is None or all(kept is not model for kept in self._models.values()):
+                    model = self._model(graph)
+                session = self._session(model, model.with_outputs(wanted), optimization)
+                session.check(feed, number)
+                doing = f"running model {model.title} on feed {number}"
+                try:
+                    answer = self._request(doing, "run", key=session.key, feed=feed, outputs=wanted)
+                except TypeError as error:
+                    raise DataError(f"feed {number}: {error}") from None
+            yield answer["outputs"]
+
+    def load_seconds(self, graph: Graph, *, optimization: Optimization = "all") -> float:
+        """Return the seconds that creating a session takes, measured now; raises as `run`."""
+        with self._lock:
+            model = self._model(graph)
+            self._drop(model.path, optimization)
+            return self._session(model, model.path, optimization).seconds
+
+    def noise(self, graph: Graph, feeds: Sequence[dict[str, Value]]) -> float:
+        """Return how much onnxruntime differs from itself: optimization off against all.
+
+        The figure is the largest relative difference over the outputs, as `compare_outputs` defines
+        it. Outputs that disagree on what is finite, and outputs that are not floating point, do not
+        count: noise is what rounding explains.
+        """
+        plain = self.run(graph, feeds, optimization="off")
+        fused = self.run(graph, feeds, optimization="all")
+        errors = compare_outputs(plain, fused)
+        return max((e.relative for e in errors if e.floating and np.isfinite(e.relative)), default=0.0)
+
+    def _model(self, graph: Graph) -> ModelFile:
+        """Return the graph's file, saved unless the same content was before."""
+        if graph.root is not graph:
+            raise SessionError(f"graph {quote(graph.name)} is a body; run the whole model")
+        title = quote(graph.name or "(unnamed)")
+        weights = weight_bytes(graph)
+        if self._memory is not None and weights * _MEMORY_FACTOR > self._memory:
+            raise SessionTooLarge(
+                f"model {title} has {weights} bytes of weights: a session needs about "
+                f"{int(weights * _MEMORY_FACTOR)} bytes, more than the memory budget of {self._memory}"
+            )
+        light = graph.light_model().SerializeToString(deterministic=True)
+        digest = hashlib.blake2b(light, digest_size=16).digest()
+        self._start()
+        model = self._models.get(digest)
+        if model is None:
+            assert self._folder is not None
+            self._count += 1
+            folder = self._folder / f"model_{self._count}"
+            try:
+                model = ModelFile.save(graph, folder, title, weights, seeds=self._deterministic)
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+            self._models[digest] = model
+            self._evict()
+        self._models.move_to_end(digest)
+        return model
+
+    def _evict(self) -> None:
+        """Remove the least recently used models past the number that is kept."""
+        while len(self._models) > _CACHED:
+            _, old = self._models.popitem(last=False)
+            for path, level in [key for key in self._sessions if key[0].parent == old.path.parent]:
+                self._drop(path, level)
+            shutil.rmtree(old.path.parent, ignore_errors=True)
+
+    def _start(self) -> None:
+        """Start the child unless it runs, and check the providers."""
+        if self._child is not None:
+            return
+        if self._cleanup:
+            self._cleanup()
+        self._models.clear()
+        self._sessions.clear()
+        self._folder = Path(tempfile.mkdtemp(prefix="onnxslim_lab-"))
+        self._child = Child(self._folder, self._timeout)
+        self._cleanup = weakref.finalize(self, _dispose, self._child, self._folder)
+        hello = self._request("starting", "hello")
+        self.version = hello["version"]
+        for provider in self._providers:
+            if provider not in hello["providers"]:
+                self.close()
+                raise ParameterError(
+                    f"execution provider {quote(provider)} is not available in this onnxruntime"
+                    f"{suggest(provider, hello['providers'])}"
+                )
+
+    def _request(self, doing: str, call: str, **arguments: Any) -> dict[str, Any]:
+        """Send a request to the child; forget a child that died."""
+        assert self._child is not None
+        try:
+            return self._child.request(doing, call, **arguments)
+        except ChildError as error:
+            raise SessionError(f"onnxruntime failed {doing}: {self._tidy(str(error))}") from None
+        except TypeError:
+            raise
+        except BaseException:
+            self._child.close()
+            self._child = None
+            raise
+
+    def _tidy(self, text: str) -> str:
+        """Return an onnxruntime message without its prefix and our paths."""
+        text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : (\w+) : ", r"\1: ", text)
+        text = re.sub(r"Load model from \S+ failed: ?", "", text).replace(str(self._folder), "")
+        return one_line(" ".join(text.split()), 600)
+
+    def _session(self, model: ModelFile, path: Path, optimization: str) -> Session:
+        """Return the session of a file at a level, created unless it is kept."""
+        if optimization not in _LEVELS:
+            raise ParameterError(
+                f"no optimization level {quote(optimization)}{suggest(optimization, _LEVELS)}"
+            )
+        session = self._sessions.get((path, optimization))
+        if session is None:
+            while self._sessions and not self._room_for(model):
+                self._drop(*next(iter(self._sessions)))
+            key = f"{path}:{optimization}"
+            answer = self._request(
+                f"loading model {model.title}",
+                "load",
+                key=key,
+                path=str(path),
+                level=_LEVELS[optimization],
+                threads=self._threads,
+                providers=self._providers,
+                deterministic=self._deterministic,
+            )
+            unused = [p for p in self._providers if p not in answer["providers"]]
+            if unused:
+                self._request("dropping a session", "drop", key=key)
+                raise SessionError(f"onnxruntime could not use {', '.join(unused)} for model {model.title}")
+            session = Session.answered(key, model.bytes, answer)
+            self._sessions[path, optimization] = session
+        self._sessions.move_to_end((path, optimization))
+        return session
+
+    def _room_for(self, model: ModelFile) -> bool:
+        """Whether one more session can be kept."""
+        if len(self._sessions) >= _CACHED:
+            return False
+        held = model.bytes + sum(session.bytes for session in self._sessions.values())
+        return self._memory is None or held * _MEMORY_FACTOR <= self._memory
+
+    def _drop(self, path: Path, optimization: str) -> None:
+        """Release a session if it is there."""
+        session = self._sessions.pop((path, optimization), None)
+        if session and self._child:
+            self._request("dropping a session", "drop", key=session.key)
+
+
+def _dispose(child: Child, folder: Path) -> None:
+    """End a child and remove its folder."""
+    child.close()
+    shutil.rmtree(folder, ignore_errors=True)

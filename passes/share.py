@@ -1,0 +1,238 @@
+"""Replace each weight by the nearest of a few shared values."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+
+from onnxslim_lab.base import Change, Context, Outcome, Pass
+from onnxslim_lab.clustering import (
+    Doubles,
+    Init,
+    cluster,
+    distinct,
+    histogram,
+    means_or,
+    midpoints,
+    scale_of,
+    scaled,
+    settle,
+)
+from onnxslim_lab.floats import Array, blocks
+from onnxslim_lab.graph import Graph
+from onnxslim_lab.selection import Overrides, Patterns, Target, find_targets
+
+BINS = 1 << 14  # of the histogram that k-means runs on
+ROUNDS = 4  # readings of the full data that refine the codebook, at most
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A tensor with shared values.
+
+    Attributes:
+        values: The tensor, shape and dtype as before, with only values of the codebook.
+        codebook: The values in use, ascending, in the tensor's dtype.
+    """
+
+    values: Array
+    codebook: Array
+
+
+def share_values(
+    values: Array, size: int, *, init: Init = "linear", seed: int = 0, reserve_zero: bool = False
+) -> Shared | None:
+    """Return the tensor with each value replaced by the nearest of `size` values, chosen by k-means.
+
+    Minimises sum((w - codebook[index])**2). k-means runs on a weighted histogram of the nonzero values
+    (each distinct value where there are few); the codebook is then refined on all values until it is
+    the means of its members. Zeros stay zero: the codebook has a fixed entry 0.0 when there are any.
+    Han et al., Deep Compression, 2016, section 3.
+
+    Args:
+        values: Finite floats of any shape.
+        size: Entries of the codebook, zero included.
+        init: Where the codebook starts: evenly over the range, over the quantiles, or at random values.
+        seed: Seed of the random start.
+        reserve_zero: Whether 0.0 is an entry even when no value is zero.
+
+    Returns:
+        None when there are no more than `size` distinct values: nothing to share.
+    """
+    scale = scale_of(values)
+    if (found := distinct(values, scale, BINS)) is not None and found[0].size <= size:
+        return None
+    points, counts = found or histogram(values, scale, BINS, least=4 * size)
+    zero = reserve_zero or any(not block.all() for block in blocks(values))
+    points, counts = points[points != 0], counts[points != 0]
+    centres = cluster(points, counts, size - zero, init=init, seed=seed)
+    centres[centres == 0] = points[np.abs(points).argmin()]  # `settle` would not move them
+    if zero:
+        centres = np.append(centres, 0.0)
+    centres = settle(points, counts, np.sort(centres))
+    return _assign(values, _refine(values, centres, scale), scale)
+
+
+def _refine(values: Array, centres: Doubles, scale: float) -> Doubles:
+    """Return the exact means of each centre's members over all values, until membership is stable."""
+    known = None
+    for _ in range(ROUNDS):
+        counts, sums = np.zeros(centres.size), np.zeros(centres.size)
+        edges = midpoints(centres)
+        for block in scaled(values, scale):
+            index = _nearest(block, edges).astype(np.intp)
+            counts += np.bincount(index, minlength=centres.size)
+            sums += np.bincount(index, weights=block, minlength=centres.size)
+        centres = means_or(sums, counts, centres)
+        if known is not None and np.array_equal(known, counts):
+            break
+        known = counts
+    return centres
+
+
+def _assign(values: Array, centres: Doubles, scale: float) -> Shared:
+    """Return the values replaced by the nearest centre, as rounded to the tensor's dtype."""
+    codebook = np.unique((centres / scale).astype(values.dtype).astype(np.float64))
+    edges = midpoints(codebook * scale)
+    table = codebook.astype(values.dtype)
+    result = np.empty(values.size, values.dtype)
+    used = np.zeros(table.size, np.bool_)
+    done = 0
+    for block in scaled(values, scale):
+        index = _nearest(block, edges)
+        result[done : done + block.size] = table[index]
+        used[index] = True
+        done += block.size
+    return Shared(result.reshape(values.shape), table[used])
+
+
+def squares(original: Array, result: Array) -> tuple[float, float]:
+    """Return the means of (result - original)**2 and of original**2.
+
+    Kept between the smallest and the largest normal float64, so that logarithms exist.
+    """
+    error = power = 0.0
+    with np.errstate(over="ignore"):
+        for first, second in zip(blocks(original), blocks(result), strict=True):
+            exact = first.astype(np.float64)
+            error += float(np.sum((second.astype(np.float64) - exact) ** 2))
+            power += float(np.sum(exact**2))
+    means = (
+        max(sys.float_info.min, min(total / original.size, sys.float_info.max)) for total in (error, power)
+    )
+    return next(means), next(means)
+
+
+def _nearest(block: Array, edges: Doubles) -> Array:
+    """Return for each element how many edges are not above it, as uint8: the index of its centre."""
+    limits = edges.astype(block.dtype)
+    limits = np.where(limits < edges, np.nextafter(limits, block.dtype.type(np.inf)), limits)
+    index = np.zeros(block.size, np.uint8)
+    for limit in limits:  # 16 comparisons of a block in cache are 10 times faster than a binary search
+        index += (block >= limit).view(np.uint8)
+    return index
+
+
+class Share(Pass):
+    """Replace each weight by the nearest of 2**bits shared values (k-means), biases untouched.
+
+    before: W                         after: codebook[index], index of `bits` bits
+
+    The values change and the tensor stays dense; `encode` then stores the indices. Zeros of a pruned
+    weight stay zero and take one entry of its codebook; a small weight nearer to zero than to any other
+    entry becomes zero too. `rows` gives every so many output rows of the weight's (out, in) matrix
+    their own codebook (a row of a Conv is an output channel). The values keep the weight's dtype. Han et al., Deep Compression, 2016.
+
+    refuses: integer and other quantized weights; weights with NaN or infinities; weights without
+    elements; weights that are outputs of the graph; weights with no more distinct values than the
+    codebook; weights so small that codebook and indices would take more bytes than they do.
+
+    >>> Share(bits=4, overrides="conv*:8").overrides
+    {'conv*': 8}
+    """
+
+    exact: ClassVar[bool] = False
+    level: ClassVar[Literal["graph", "model"]] = "model"
+
+    bits: int = Field(4, ge=1, le=8, description="width of an index; the codebook has 2**bits values")
+    init: Init = Field(
+        "linear", description="start of k-means: even over the range, quantiles, random values"
+    )
+    rows: int | None = Field(
+        None, ge=1, description="matrix rows per codebook; one for the whole weight if unset"
+    )
+    reserve_zero: bool = Field(False, description="whether 0.0 is an entry even where no weight is zero")
+    include: Patterns = Field((), description="glob patterns of node or weight names; empty means all layers")
+    exclude: Patterns = Field((), description="glob patterns of node or weight names to leave alone")
+    overrides: Overrides[Annotated[int, Field(ge=1, le=8)]] = Field(
+        default_factory=dict, description="glob pattern -> bits of the layers it matches (first match)"
+    )
+
+    def apply(self, graph: Graph, context: Context) -> Outcome:
+        """Share the selected weights of the whole model in place, one weight and its copy in memory."""
+        outcome = Outcome()
+        targets = find_targets(
+            graph,
+            outcome,
+            step=self.pass_name(),
+            include=self.include,
+            exclude=self.exclude,
+            overrides=self.overrides,
+        )
+        for number, target in enumerate(targets):
+            result = self._share(target, context.seed)
+            context.progress(number + 1, len(targets), f"share {target.where}")
+            if isinstance(result, str):
+                outcome.refuse(target.where, result)
+            else:
+                outcome.changes.append(result)
+        return outcome
+
+    def _share(self, target: Target, seed: int) -> Change | str:
+        """Share one weight; return what changed, or why nothing did."""
+        values = target.read()
+        bits = self.bits if target.override is None else int(target.override)
+        if not all(np.isfinite(block).all() for block in blocks(values)):
+            return "the weight has NaN or infinite values: they have no mean"
+        matrix = values if self.rows is None else target.layer.matrix
+        height = math.prod(matrix.shape[:-1]) if self.rows else 1
+        rows = self.rows or 1
+        books = math.ceil(height / rows)
+        size = books * 2**bits * values.itemsize + math.ceil(values.size * bits / 8)
+        if size >= values.nbytes:
+            return f"codebook and indices would take {size} bytes, the weight takes {values.nbytes}"
+        result: Array = np.array(matrix, order="C").reshape(height, -1)
+        entries = 0
+        for start in range(0, height, rows):
+            part = result[start : start + rows]
+            shared = share_values(part, 2**bits, init=self.init, seed=seed, reserve_zero=self.reserve_zero)
+            if shared is not None:
+                part[...] = shared.values
+                entries = max(entries, shared.codebook.size)
+        if not entries:
+            return f"nothing to share: no more than {2**bits} distinct values already"
+        result = result.reshape(matrix.shape)
+        error, power = squares(matrix, result)
+        nonzeros = int(np.count_nonzero(values))
+        target.write(result if self.rows is None else target.layer.with_matrix(result))
+        return Change(
+            where=target.where,
+            what=f"shared {entries} values" + (f" for every {rows} rows" if self.rows else ""),
+            weights=(target.weight,),
+            bytes_before=values.nbytes,
+            bytes_after=values.nbytes,
+            nonzeros_before=nonzeros,
+            nonzeros_after=int(np.count_nonzero(result)),
+            detail={
+                "bits": bits,
+                "codebook": entries,
+                "codebooks": books,
+                "mse": error,
+                "sqnr_db": 10 * (math.log10(power) - math.log10(error)),
+            },
+        )
