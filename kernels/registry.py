@@ -29,6 +29,7 @@ class Kernel:
         since: First opset version this function implements.
         function: Inputs positional, attributes by keyword; returns an array or a tuple of arrays.
         counts_outputs: Whether the function takes `output_count`, the number of outputs of the node.
+        tensors: Whether all inputs and outputs are tensors: no sequences (lists), optionals or maps (dicts).
     """
 
     op_type: str
@@ -36,15 +37,19 @@ class Kernel:
     since: int
     function: Function
     counts_outputs: bool
+    tensors: bool = True
 
 
 _TABLE: dict[tuple[str, str], list[Kernel]] = {}
 
 
-def kernel(op_type: str, since: int, domain: str = "") -> Callable[[AnyFunction], AnyFunction]:
+def kernel(
+    op_type: str, since: int, domain: str = "", *, tensors: bool = True
+) -> Callable[[AnyFunction], AnyFunction]:
     """Register a function as the kernel of an operator from opset version `since` on.
 
     The function runs with NumPy's floating point warnings off; scalars it returns become 0-d arrays.
+    With `tensors` False it may take and return lists (sequences), dicts (maps) and None.
 
     Raises:
         ValueError: The operator has a kernel of that version already.
@@ -52,22 +57,27 @@ def kernel(op_type: str, since: int, domain: str = "") -> Callable[[AnyFunction]
 
     def register(function: AnyFunction) -> AnyFunction:
         @functools.wraps(function)
-        def quiet(*inputs: Array | None, **attributes: Any) -> Array | tuple[Array, ...]:
+        def quiet(*inputs: Any, **attributes: Any) -> Any:
             with np.errstate(all="ignore"):
                 result = function(*inputs, **attributes)
             if isinstance(result, tuple):
-                return tuple(np.asarray(value) for value in result)
-            return np.asarray(result)
+                return tuple(settle(value) for value in result)
+            return settle(result)
 
         counts = "output_count" in inspect.signature(function).parameters
         versions = _TABLE.setdefault((domain, op_type), [])
         if any(known.since == since for known in versions):
             raise ValueError(f"kernel {op_type} since {since} is registered twice")
-        versions.append(Kernel(op_type, domain, since, quiet, counts))
+        versions.append(Kernel(op_type, domain, since, quiet, counts, tensors))
         versions.sort(key=lambda known: known.since)
         return function
 
     return register
+
+
+def settle(value: Any) -> Any:
+    """Return a result as a value: sequences, maps, absent ones and arrays as they are, scalars as arrays."""
+    return value if value is None or isinstance(value, np.ndarray | list | dict) else np.asarray(value)
 
 
 def lookup(op_type: str, domain: str = "", opset: int = 1) -> Kernel | None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto
 
 from onnxslim_lab.graph import Graph, attribute, domain_of, is_op
-from onnxslim_lab.layer_views import FLOATS, numpy_dtype
+from onnxslim_lab.layer_views import FLOATS, numpy_dtype, set_by_caller
 
 Array = NDArray[Any]
 Doubles = NDArray[np.float64]
@@ -56,7 +56,7 @@ def read_affine(graph: Graph, node: NodeProto, rank: int | None = None) -> Affin
     """
     if is_op(node, "BatchNormalization"):
         return _read_batchnorm(graph, node, rank)
-    if domain_of(node.domain) or node.op_type not in ELEMENTWISE:
+    if domain_of(node.domain) or node.op_type not in ELEMENTWISE or not all(node.input):
         return f"{node.op_type} does not scale or shift"
     if graph.opset() < 7:
         return "operators before opset 7 broadcast by attribute"
@@ -65,6 +65,8 @@ def read_affine(graph: Graph, node: NodeProto, rank: int | None = None) -> Affin
         if known not in FLOATS:
             return "only real values are scaled"
         return Affine(node, node.input[0], np.array(-1.0), None, ())
+    if len(node.input) != 2:
+        return f"{node.op_type} needs two inputs"
     first, second = node.input
     fixed = graph.is_constant(second)
     if fixed == graph.is_constant(first):
@@ -120,6 +122,10 @@ def _read_batchnorm(graph: Graph, node: NodeProto, rank: int | None) -> Affine |
 
 def batchnorm_trouble(graph: Graph, node: NodeProto) -> str:
     """Return why a BatchNormalization is not a fixed scale and shift per channel, "" when it is."""
+    if len(node.input) != 5:
+        return "it does not have five inputs"
+    if set_by_caller(node):
+        return "its attributes are set by the function's caller"
     if attribute(node, "training_mode", 0) or any(node.output[1:]):
         return "it is in training mode"
     opset = graph.opset()

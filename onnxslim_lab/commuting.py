@@ -29,18 +29,18 @@ _LINEAR_IF_POSITIVE = {"Relu", "MaxPool", "GlobalMaxPool"}
 _FARTHEST = 12  # nodes between a scale and the layer that takes it
 
 
-def scale_further_up(graph: Graph, affine: Affine) -> str:
-    """Move a scalar factor back through linear nodes into the layer before them; return what was done.
+def scale_further_up(graph: Graph, affine: Affine) -> Sink | None:
+    """Move a scalar factor back through linear nodes into the layer before them; return that, None for no change.
 
     before: y = Div(MatMul(Transpose(Reshape(MatMul(x, W))), k), s)
     after:  y = MatMul(Transpose(Reshape(MatMul(x, W / s))), k)
     """
     if affine.shift is not None or affine.scale is None or affine.scale.size != 1:
-        return ""
+        return None
     rank = len(graph.shape_of(affine.x) or ())
     number = float(affine.scale.reshape(()))
     if affine.scale.ndim > rank or not number or graph.producer(affine.x) is None:
-        return ""
+        return None
     waiting = [(affine.x, 0)]
     while waiting:
         value, distance = waiting.pop()
@@ -51,10 +51,10 @@ def scale_further_up(graph: Graph, affine: Affine) -> str:
         if isinstance(sink, Sink):
             if distance and not fold_number(affine, sink, number):
                 _bypass(graph, affine)
-                return f"folded into {sink.layer.op_type} {sink.layer.name} further up"
+                return sink
         elif not domain_of(node.domain):
             waiting += [(name, distance + 1) for name in _passed(node, number)]
-    return ""
+    return None
 
 
 def _passed(node: NodeProto, number: float) -> list[str]:
@@ -75,27 +75,27 @@ def _bypass(graph: Graph, affine: Affine) -> None:
     drop_unused(graph, affine.constants)
 
 
-def scale_past_shift(graph: Graph, first: Affine, second: Affine, sink: Sink) -> str:
-    """Fold a scale into the layer after it although a shift stands between; return what was done.
+def scale_past_shift(graph: Graph, first: Affine, second: Affine, sink: Sink) -> bool:
+    """Fold a scale into the layer after it although a shift stands between; return whether it was done.
 
     before: y = Conv<pads>(Add(Mul(x, s), t), W)
     after:  y = Conv<pads>(Add(x, t / s), W s)
     """
     if first.scale is None or first.shift is not None or second.shift is None or second.scale is not None:
-        return ""
+        return False
     if graph.use_count(first.y) != 1 or not first.scale.all() or not second.constants:
-        return ""
+        return False
     shift = second.shift / first.scale
     kind = (graph.constant_type(second.constants[0]) or (0,))[0]
     values = rounded(shift, kind)
     freed = stored_bytes_freed(graph, (*first.constants, *second.constants))
     if values is None or values.nbytes > freed + first.node.ByteSize():
-        return ""
+        return False
     if np.abs(first.scale).min() < 1e-3 * np.abs(first.scale).max():
-        return ""  # the shift would drown the data of the weakest channel
+        return False  # the shift would drown the data of the weakest channel
     scale_only = Affine(second.node, first.x, first.scale, None, ())
     if fold_before(scale_only, sink):
-        return ""
+        return False
     name = graph.fresh_name(second.constants[0])
     graph.set_constant(name, values, kind)
     added = graph.emit("Add", [first.x, name], name=second.node.name or None)
@@ -104,4 +104,4 @@ def scale_past_shift(graph: Graph, first: Affine, second: Affine, sink: Sink) ->
     graph.set_type(added.output[0], kind, graph.shape_of(first.x))
     graph.remove(first.node)
     drop_unused(graph, (*first.constants, *second.constants))
-    return f"scale folded into {sink.layer.op_type} {sink.layer.name}"
+    return True

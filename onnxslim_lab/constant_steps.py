@@ -136,11 +136,12 @@ class ConstantSteps:
             return "folding it would undo the quantization"
         if has_reference(node):
             return "an attribute depends on the function's call"
-        if lookup(node.op_type, domain, self.graph.opset(domain)) is None:
+        kernel = lookup(node.op_type, domain, self.graph.opset(domain))
+        if kernel is None:
             return f"there is no kernel for {quote(node.op_type)}" + (
                 f" of {quote(domain)}" if domain else ""
             )
-        return None
+        return None if kernel.tensors else "sequences, optionals and maps are not folded"
 
     def _plan(self, node: NodeProto) -> str | None:
         """Add a step for the node, computing it now when it is small; or return why not."""

@@ -49,6 +49,14 @@ class SessionError(LabError):
     """onnxruntime refused the model or ended its process."""
 
 
+class UnsupportedError(LabError):
+    """The NumPy runtime has no kernel for an operator of the model; nothing was run."""
+
+
+class RunError(LabError):
+    """A node could not be computed by the NumPy runtime: its inputs do not fit each other or the operator."""
+
+
 class VerificationError(LabError):
     """The result is not what was promised: outputs differ, or the file grew."""
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from onnx import NodeProto, helper
 
-from onnxslim_lab.affine import drop_unused, is_float
+from onnxslim_lab.affine import is_float
 from onnxslim_lab.graph import Graph, attribute, is_op
+from onnxslim_lab.layer_views import set_by_caller
 from onnxslim_lab.shapes import Dim
 
 Shape = tuple[Dim, ...]
@@ -126,7 +127,7 @@ def absorb_result_transpose(graph: Graph, node: NodeProto) -> str:
 
 def product_shape(graph: Graph, node: NodeProto) -> tuple[Dim, Dim] | None:
     """Return the shape of a MatMul or Gemm of two matrices, None when an operand is not known to be one."""
-    if not (is_op(node, "MatMul") or is_op(node, "Gemm")) or len(node.input) < 2:
+    if not (is_op(node, "MatMul") or is_op(node, "Gemm")) or len(node.input) < 2 or set_by_caller(node):
         return None
     first, second = (_shape(graph, name) for name in node.input[:2])
     if first is None or second is None or len(first) != 2 or len(second) != 2:
@@ -158,10 +159,3 @@ def _swaps(node: NodeProto) -> bool:
 
 def _attributes(node: NodeProto) -> dict[str, Any]:
     return {item.name: attribute(node, item.name) for item in node.attribute} if is_op(node, "Gemm") else {}
-
-
-def forget(graph: Graph, node: NodeProto) -> None:
-    """Remove a node whose result nothing reads, with the constants only it used."""
-    names = tuple(node.input)
-    graph.remove(node)
-    drop_unused(graph, tuple(filter(None, names)))

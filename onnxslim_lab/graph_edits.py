@@ -111,11 +111,13 @@ class GraphEdits(GraphValues):
         kept = list(values)
         while kept and not kept[-1]:
             kept.pop()
-        for name in node.input:
+        held = list(node.input)
+        common = min(len(held), len(kept))
+        changed = [index for index in range(common) if held[index] != kept[index]]
+        for name in (*(held[index] for index in changed), *held[common:]):
             self._drop_use(name, id(node), slots=1)
-        del node.input[:]
-        node.input.extend(kept)
-        for name in kept:
+        node.input[:] = kept
+        for name in (*(kept[index] for index in changed), *kept[common:]):
             self._add_use(name, node)
         self._sorted = False
         self._touch()

@@ -264,16 +264,6 @@ class GraphIndex:
         self._refresh()
         return self._totals.get(value, 0) + self._outputs.count(value)
 
-    def is_used(self, value: str) -> bool:
-        """Whether anything reads the value; quick however many do."""
-        self._refresh()
-        return value in self._uses or value in self._outputs
-
-    def has_one_use(self, value: str) -> bool:
-        """Whether `use_count` is one; quick however many readers there are."""
-        self._refresh()
-        return len(self._uses.get(value, ())) <= 1 and self.use_count(value) == 1
-
     def is_output(self, value: str) -> bool:
         """Whether the value is an output of this graph."""
         return value in self._outputs

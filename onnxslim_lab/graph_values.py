@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from onnx import AttributeProto, GraphProto, TensorProto, TypeProto, helper, numpy_helper
+from onnx import (
+    AttributeProto,
+    GraphProto,
+    SparseTensorProto,
+    TensorProto,
+    TypeProto,
+    helper,
+    numpy_helper,
+)
 
 from onnxslim_lab import shapes
 from onnxslim_lab.graph_writer import GraphWriter
@@ -39,6 +47,15 @@ class GraphValues(GraphWriter):
         """Return a constant's values (read-only), None when the value is not a dense constant."""
         tensor = self._tensor(value) if value else None
         return None if tensor is None else to_array(tensor, self.store)
+
+    def default(self, value: str) -> Array | None:
+        """Return the initializer behind a value, overridable inputs included; None when there is none."""
+        tensor = self._initializers.get(value)
+        return self.constant(value) if tensor is None else to_array(tensor, self.store)
+
+    def sparse_initializer(self, value: str) -> SparseTensorProto | None:
+        """Return a sparse initializer of this graph; its data may be stubs of the store."""
+        return self._sparse.get(value)
 
     def constant_type(self, value: str) -> tuple[int, tuple[int, ...], int] | None:
         """Return (TensorProto type, shape, stored bytes) of a constant without touching its data."""

@@ -26,7 +26,7 @@ class GraphWriter(GraphIndex):
         return sum(map(len, modelfile.chunks(self.light_model(), self.store)))
 
     def _write_graph(self, out: GraphProto, value_info: bool) -> None:
-        out.CopyFrom(self._skeleton())
+        self._write_skeleton(out)
         for node in self.nodes:
             self._write_node(node, out.node.add())
         out.initializer.extend(self._initializers.values())
@@ -50,13 +50,12 @@ class GraphWriter(GraphIndex):
                 for body in bodies:
                     body._write_graph(item.graphs.add(), value_info=True)  # noqa: SLF001
 
-    def _skeleton(self) -> GraphProto:
-        """Return the proto without nodes and tensors; IR 3 lists every initializer as an input."""
+    def _write_skeleton(self, out: GraphProto) -> None:
+        """Write what is neither nodes nor tensors; IR 3 lists every initializer as an input."""
         assert isinstance(self._proto, GraphProto)
+        out.CopyFrom(self._proto)
         if self.parent is None and self.ir_version < 4:
-            listed = {value.name for value in self._proto.input}
+            listed = {value.name for value in out.input}
             for name, tensor in self._initializers.items():
                 if name not in listed:
-                    value = helper.make_tensor_value_info(name, tensor.data_type, tensor.dims)
-                    self._proto.input.append(value)
-        return self._proto
+                    out.input.append(helper.make_tensor_value_info(name, tensor.data_type, tensor.dims))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,11 +83,16 @@ class Stored:
         return array
 
 
-def trace(graph: Graph, value: str) -> Stored | str:
+def trace(graph: Graph, value: str, dynamic: set[tuple[int, str]] | None = None) -> Stored | str:
     """Follow a value back to a stored float constant through value-preserving nodes.
 
     Identity, widening Cast, Transpose, Reshape, Squeeze, Unsqueeze and Flatten are looked through; the
     constant may belong to a graph around this one.
+
+    Args:
+        graph: The graph of the node that reads the value.
+        value: The value's name.
+        dynamic: Values known to depend on inputs, by graph; filled for the next call, to save time.
 
     Returns:
         The constant and the views, or the reason why there is none.
@@ -104,15 +109,15 @@ def trace(graph: Graph, value: str) -> Stored | str:
         node = scope.producer(name)
         if node is None:
             return _no_producer(scope, name)
-        if domain_of(node.domain) or node.op_type not in VIEWS or not node.input:
-            return _computed(scope, node)
+        if domain_of(node.domain) or node.op_type not in VIEWS or not node.input or set_by_caller(node):
+            return _computed(scope, node, dynamic)
         chain.append(node)
         graphs.append(scope)
         graph, name = scope, node.input[0]
     data_type, shape, _ = scope.constant_type(name) or (0, (), 0)
     if data_type not in FLOATS:
-        kind = TensorProto.DataType.Name(data_type).lower()
-        return f"the weight is already quantized or not real: stored as {kind}"
+        stored_as = TensorProto.DataType.Name(data_type).lower()
+        return f"the weight is already quantized or not real: stored as {stored_as}"
     stored, kind, views = shape, data_type, []
     for node, owner in zip(reversed(chain), reversed(graphs), strict=True):
         if node.op_type == "Cast":
@@ -139,7 +144,7 @@ def _no_producer(scope: Graph, name: str) -> str:
     return f"the weight is not constant: {quote(name)} is an input of the {kind}"
 
 
-def _computed(scope: Graph, node: NodeProto) -> str:
+def _computed(scope: Graph, node: NodeProto, dynamic: set[tuple[int, str]] | None) -> str:
     op_type = node.op_type
     if op_type in ("DequantizeLinear", "DynamicQuantizeLinear", "QuantizeLinear"):
         return f"the weight is already quantized: it comes out of {op_type}"
@@ -147,15 +152,25 @@ def _computed(scope: Graph, node: NodeProto) -> str:
         return "the weight is made by ConstantOfShape: storing it would grow the file"
     if op_type == "Constant":
         return "the weight is a sparse constant or an attribute of the function's caller"
-    how = "computed from constants" if is_static(scope, node) else "computed while the model runs"
+    how = "computed from constants" if is_static(scope, node, dynamic) else "computed while the model runs"
     return f"the weight is {how}, by {op_type}"
 
 
-def is_static(graph: Graph, node: NodeProto) -> bool:
-    """Whether everything a node reads is made from constants only."""
+def is_static(graph: Graph, node: NodeProto, dynamic: set[tuple[int, str]] | None = None) -> bool:
+    """Whether everything a node reads is made from constants only, of at most a hundred values."""
+    known = set() if dynamic is None else dynamic
+    found = _is_static(graph, node, known)
+    if not found:
+        known.update((id(graph), name) for name in node.output)
+    return found
+
+
+def _is_static(graph: Graph, node: NodeProto, dynamic: set[tuple[int, str]]) -> bool:
     seen: set[tuple[int, str]] = set()
     stack = [(graph, node)]
     while stack:
+        if len(seen) > 100:
+            return False
         owner, current = stack.pop()
         if owner.bodies(current) or current.op_type.startswith(("Random", "Multinomial", "Bernoulli")):
             return False
@@ -163,6 +178,8 @@ def is_static(graph: Graph, node: NodeProto) -> bool:
             scope = owner.scope_of(name)
             if scope is None or (id(scope), name) in seen:
                 continue
+            if (id(scope), name) in dynamic:
+                return False
             seen.add((id(scope), name))
             if scope.is_constant(name):
                 continue
@@ -232,6 +249,6 @@ def numpy_dtype(data_type: int) -> np.dtype[Any]:
     return np.dtype(helper.tensor_dtype_to_np_dtype(data_type))
 
 
-def attributes(node: NodeProto) -> Mapping[str, Any]:
-    """Return a node's attributes by name."""
-    return {item.name: attribute(node, item.name) for item in node.attribute}
+def set_by_caller(node: NodeProto) -> bool:
+    """Whether an attribute of a node in a function refers to the caller's: its value is not known here."""
+    return any(item.ref_attr_name for item in node.attribute)

@@ -18,7 +18,7 @@ from onnxslim_lab.graph import Graph, attribute, domain_of
 from onnxslim_lab.layer_convs import ConvKind, ConvTransposeKind
 from onnxslim_lab.layer_kinds import GatherKind, GemmKind, Kind, RecurrentKind
 from onnxslim_lab.layer_products import EinsumKind, MatMulKind
-from onnxslim_lab.layer_views import FLOATS, Stored, readers, trace
+from onnxslim_lab.layer_views import FLOATS, Stored, readers, set_by_caller, trace
 from onnxslim_lab.shapes import Dim
 
 Array = NDArray[Any]
@@ -157,6 +157,7 @@ def find_layers(graph: Graph) -> tuple[list[Layer], list[Refusal]]:
     """
     layers: list[Layer] = []
     refusals: list[Refusal] = []
+    dynamic: set[tuple[int, str]] = set()
     for node in graph.nodes:
         if node.op_type not in _WEIGHTED or domain_of(node.domain):
             continue
@@ -165,7 +166,9 @@ def find_layers(graph: Graph) -> tuple[list[Layer], list[Refusal]]:
             refusals.append(Refusal(where, f"the weight is already quantized: {node.op_type}"))
             continue
         for role, slot, needed in _slots(node):
-            found = _layer(graph, node, role, slot) if slot < len(node.input) else "the weight is missing"
+            found: Layer | str = "the weight is missing"
+            if slot < len(node.input):
+                found = _layer(graph, node, role, slot, dynamic)
             if isinstance(found, Layer):
                 layers.append(found)
                 if role == "weight":
@@ -200,12 +203,16 @@ def _slots(node: NodeProto) -> list[tuple[str, int, bool]]:
     return [("weight", 1, False), ("weight", 0, False)]
 
 
-def _layer(graph: Graph, node: NodeProto, role: str, slot: int) -> Layer | str:
+def _layer(
+    graph: Graph, node: NodeProto, role: str, slot: int, dynamic: set[tuple[int, str]] | None = None
+) -> Layer | str:
     """Return the layer, the reason why it is none, or "" when there is nothing to say."""
     value = node.input[slot]
-    if node.op_type == "Gather" and not _is_embedding(graph, node):
+    if set_by_caller(node):
+        return "its attributes are set by the function's caller"
+    if node.op_type == "Gather" and not _is_embedding(graph, node, dynamic):
         return ""
-    stored = trace(graph, value)
+    stored = trace(graph, value, dynamic)
     if isinstance(stored, str):
         return stored
     if len(node.input) > 1 and role == "weight" and graph.is_constant(node.input[1 - slot]):
@@ -222,11 +229,11 @@ def _layer(graph: Graph, node: NodeProto, role: str, slot: int) -> Layer | str:
     return Layer(graph, node, role, slot, stored, kind, bias or None)
 
 
-def _is_embedding(graph: Graph, node: NodeProto) -> bool:
+def _is_embedding(graph: Graph, node: NodeProto, dynamic: set[tuple[int, str]] | None) -> bool:
     """Whether a Gather looks real-valued entries up by an index the model computes."""
-    if graph.is_constant(node.input[1]):
+    if len(node.input) != 2 or graph.is_constant(node.input[1]):
         return False
-    stored = trace(graph, node.input[0])
+    stored = trace(graph, node.input[0], dynamic)
     return not isinstance(stored, str) and len(stored.shape) > 1 and stored.data_type in FLOATS
 
 

@@ -37,7 +37,7 @@ def equal_value(graph: Graph, node: NodeProto) -> str | None:
         return None
     if any(item.ref_attr_name for item in node.attribute):
         return None
-    if any(name and graph.is_used(name) for name in node.output[1:]):
+    if any(name and graph.use_count(name) for name in node.output[1:]):
         return None
     rule = RULES.get(node.op_type)
     return rule(graph, node) if rule is not None and node.input and node.input[0] else None

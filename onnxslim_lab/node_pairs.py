@@ -85,7 +85,7 @@ def merge(graph: Graph, node: NodeProto) -> str | None:
         return _merge_concats(graph, node)
     rule = _MERGES.get(node.op_type)
     first = _first(graph, node)
-    if rule is None or first is None or not graph.has_one_use(first.output[0]):
+    if rule is None or first is None or graph.use_count(first.output[0]) != 1:
         return None
     kind = node.op_type
     if not rule(graph, first, node):
@@ -257,7 +257,7 @@ def _split_concat(graph: Graph, node: NodeProto) -> str | None:
 
 def _merge_concats(graph: Graph, node: NodeProto) -> str | None:
     """Put the inputs of Concats that only this Concat reads in their place, however deep they go."""
-    readers = graph.consumers(node.output[0]) if graph.has_one_use(node.output[0]) else []
+    readers = graph.consumers(node.output[0]) if graph.use_count(node.output[0]) == 1 else []
     if any(_is_inner(graph, node, reader) for reader in readers):
         return None  # its reader will take all at once
     merged: list[NodeProto] = []
@@ -266,7 +266,7 @@ def _merge_concats(graph: Graph, node: NodeProto) -> str | None:
     while stack:
         value = stack.pop()
         inner = graph.producer(value)
-        if inner is not None and graph.has_one_use(value) and _is_inner(graph, inner, node):
+        if inner is not None and graph.use_count(value) == 1 and _is_inner(graph, inner, node):
             merged.append(inner)
             stack += list(inner.input)[::-1]
         else:

@@ -7,7 +7,7 @@ from onnx import NodeProto
 
 from onnxslim_lab.affine import drop_unused
 from onnxslim_lab.graph import Graph, attribute, is_op
-from onnxslim_lab.layer_views import numpy_dtype
+from onnxslim_lab.layer_views import numpy_dtype, set_by_caller
 
 _NOT_NEGATIVE = ("Relu", "Sigmoid", "Softmax", "Abs", "HardSigmoid", "Softplus", "Sqrt", "Exp")
 _KEEPS_SIGN = ("MaxPool", "AveragePool", "GlobalAveragePool", "Transpose", "Identity", "Reshape", "Cast")
@@ -24,6 +24,8 @@ def fold_pad(graph: Graph, node: NodeProto) -> str:
     Returns:
         "" when done, else the reason why not.
     """
+    if any(map(set_by_caller, [node, *graph.consumers(node.output[0])])):
+        return "attributes are set by the function's caller"
     if attribute(node, "mode", "constant") != "constant":
         return "it does not pad with a constant"
     readers = graph.consumers(node.output[0])
@@ -132,6 +134,8 @@ def _rank(graph: Graph, node: NodeProto, readers: list[NodeProto]) -> int | None
 
 def pad_widths(graph: Graph, node: NodeProto, rank: int | None) -> list[int] | None:
     """Return the widths of a Pad, begins then ends over all axes; None when not constant."""
+    if graph.opset() >= 11 and len(node.input) < 2:
+        return None
     if graph.opset() < 11:
         given = attribute(node, "pads", attribute(node, "paddings"))
         return None if given is None or rank is None or len(given) != 2 * rank else list(given)

@@ -11,7 +11,7 @@ from onnx import NodeProto, helper
 
 from onnxslim_lab.affine import drop_unused
 from onnxslim_lab.graph import Graph, attribute, is_op
-from onnxslim_lab.layer_views import FLOATS
+from onnxslim_lab.layer_views import FLOATS, set_by_caller
 
 
 def scalar(graph: Graph, value: str) -> float | None:
@@ -81,7 +81,7 @@ def clip_bounds(graph: Graph, node: NodeProto | None) -> tuple[str, float, float
     if is_op(node, "Relu"):
         assert node is not None
         return node.input[0], 0.0, math.inf
-    if node is None or not is_op(node, "Clip"):
+    if node is None or not is_op(node, "Clip") or set_by_caller(node):
         return None
     bounds = [-math.inf, math.inf]
     for position, name in enumerate(("min", "max")):

@@ -16,7 +16,7 @@ def label(node: NodeProto) -> str:
 
 def is_unused(graph: Graph, node: NodeProto) -> bool:
     """Whether nothing reads any output of a node."""
-    return not any(name and graph.is_used(name) for name in node.output)
+    return not any(name and graph.use_count(name) for name in node.output)
 
 
 def is_spare(graph: Graph, name: str, referenced: set[str] | None = None) -> bool:
@@ -28,7 +28,7 @@ def is_spare(graph: Graph, name: str, referenced: set[str] | None = None) -> boo
         referenced: `graph.referenced()`, where many are asked about.
     """
     overridable = graph.is_input(name) and (graph.ir_version >= 4 or graph.parent is not None)
-    if overridable or graph.is_used(name):
+    if overridable or graph.use_count(name):
         return False
     return name not in (graph.referenced() if referenced is None else referenced)
 
@@ -48,7 +48,7 @@ def release(graph: Graph, names: Iterable[str]) -> None:
     while stack:
         inner, name = stack.pop()
         scope = inner.scope_of(name)
-        if scope is None or scope.is_used(name):
+        if scope is None or scope.use_count(name):
             continue
         producer = scope.producer(name)
         if producer is None:

@@ -146,6 +146,17 @@ def resize(editor: SizeEditor, node: NodeProto) -> bool:
     return False
 
 
+def range_(editor: SizeEditor, node: NodeProto) -> bool:
+    """Known bounds of Range lose an axis of size 1: runtimes refuse it in constants, not in what they compute."""
+    for index, name in enumerate(node.input):
+        values = editor.facts.values(name)
+        if values is not None and values.ndim and values.size == 1 and isinstance(values.reshape(-1)[0], int):
+            data_type = editor.graph.dtype_of(name)
+            editor.graph.set_input(node, index, editor.constant(values.reshape(()), data_type))
+            editor.outcome.change(node.name, "a bound of Range became a scalar")
+    return False
+
+
 def condition(editor: SizeEditor, node: NodeProto) -> bool:
     """A condition with one possible outcome becomes a constant."""
     outcome = editor.facts.decided.get(id(node))

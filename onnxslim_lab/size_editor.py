@@ -70,6 +70,11 @@ class SizeEditor:
         self.outcome.change(node.name, why)
         return self.graph.emit(op_type, inputs, [node.output[0]], name=node.name, **attributes)
 
+    def drop(self, node: NodeProto) -> None:
+        """Remove a node that nothing reads any more."""
+        if not any(self.graph.use_count(value) for value in node.output if value):
+            self.graph.remove(node)
+
     def unchanged(self, node: NodeProto) -> bool:
         """Remove a node whose output has its input's shape, where that means that it is its input."""
         if not same_shape(self.facts.shape(node.input[0]), self.facts.shape(node.output[0])):
@@ -128,9 +133,14 @@ class SizeEditor:
         runs = self._runs(key[2])
         if runs is None:
             return None
-        each = 1 if self.graph.opset() >= 15 else 2
-        cost = each * sum(not isinstance(run, list) for run in runs) + (len(runs) > 1)
-        if cost >= self._cone(node, value):
+        cost = int(len(runs) > 1)
+        kept = set()
+        for run in runs:
+            if not isinstance(run, list):
+                held = self.find(self._range_key(*run))
+                kept.add(held)
+                cost += 0 if held else 1 if self.graph.opset() >= 15 else 2
+        if cost >= self._cone(node, value, kept):
             return None
         parts = [self.constant(run) if isinstance(run, list) else self._read(*run) for run in runs]
         if len(parts) == 1:
@@ -174,11 +184,16 @@ class SizeEditor:
             index += best[2] - best[1]
         return result
 
+    def _range_key(self, source: str, start: int, end: int) -> Key:
+        """Return the key of the sizes of a range of axes."""
+        shape = self.facts.shape(source) or ()
+        return int(TensorProto.INT64), (end - start,), shape[start:end]
+
     def _read(self, source: str, start: int, end: int) -> str:
         """Return the sizes of a range of axes; one node from opset 15 on, at most two before."""
         shape = self.facts.shape(source)
         assert shape is not None
-        key = (int(TensorProto.INT64), (end - start,), shape[start:end])
+        key = self._range_key(source, start, end)
         earlier = self.find(key)
         if earlier is not None:
             return earlier
@@ -198,8 +213,8 @@ class SizeEditor:
         self._record(made, key)
         return made
 
-    def _cone(self, node: NodeProto, value: str) -> int:
-        """Return how many nodes nothing needs any more once nothing reads the value."""
+    def _cone(self, node: NodeProto, value: str, kept: set[str | None]) -> int:
+        """Return how many nodes nothing needs any more once nothing reads the value; `kept` are still read."""
         if self.graph.is_output(value) or len(node.output) > 1:
             return 0
         gone = {id(node)}
@@ -210,8 +225,15 @@ class SizeEditor:
                 if source is None or source.op_type == "Constant" or id(source) in gone:
                     continue
                 outputs = [output for output in source.output if output]
-                readers = {id(reader) for output in outputs for reader in self.graph.consumers(output)}
-                if readers <= gone and not any(map(self.graph.is_output, outputs)):
+                readers = [reader for output in outputs for reader in self.graph.consumers(output)]
+                if (
+                    kept.isdisjoint(outputs)
+                    and not any(map(self.graph.is_output, outputs))
+                    and all(
+                        id(reader) in gone or not any(map(self.graph.use_count, filter(None, reader.output)))
+                        for reader in readers
+                    )
+                ):
                     gone.add(id(source))
                     open_nodes.append(source)
         return len(gone)

@@ -149,7 +149,7 @@ def move(graph: Graph, node: NodeProto, perm: tuple[int, ...]) -> Move | None:
     if not node.input or not node.input[0] or graph.bodies(node):
         return None
     if node.op_type in UNARY:
-        unused = not any(name and graph.is_used(name) for name in node.output[1:])
+        unused = not any(name and graph.use_count(name) for name in node.output[1:])
         return Move([0]) if unused and _rank(graph, node.input[0]) == len(perm) else None
     if node.op_type in ELEMENTWISE:
         return _elementwise(graph, node, perm)
@@ -169,7 +169,7 @@ def _turned(graph: Graph, value: str, perm: tuple[int, ...]) -> NDArray[Any] | N
     found = graph.constant_type(value)
     if found is None or len(found[1]) > len(perm):
         return None
-    if found[2] > LARGEST_COPY and not graph.has_one_use(value):
+    if found[2] > LARGEST_COPY and graph.use_count(value) != 1:
         return None
     values = graph.constant(value)
     assert values is not None

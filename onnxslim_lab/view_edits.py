@@ -28,11 +28,14 @@ def view(editor: SizeEditor, node: NodeProto) -> bool:
     why = f"{first.op_type} and {node.op_type} became one view"
     if same_shape(shape, result):
         editor.replace(node, first.input[0], why)
+        editor.drop(first)
         return True
     target = reshape_target(shape, result) if result is not None else None
     if target is None or (is_op(first, "Transpose") and is_op(node, "Transpose")):
         return False
-    editor.exchange(node, "Reshape", [first.input[0], editor.constant(target)], why)
+    made = editor.exchange(node, "Reshape", [first.input[0], editor.constant(target)], why)
+    editor.drop(first)
+    view(editor, made)
     return True
 
 

@@ -71,7 +71,7 @@ def _share_constants(top: Graph, outcome: Outcome) -> None:
         if graph.root is top:
             referenced = graph.referenced()
             for name in _constants(graph):
-                if name not in referenced and not graph.is_output(name) and graph.is_used(name):
+                if name not in referenced and not graph.is_output(name) and graph.use_count(name):
                     alike.setdefault(graph.constant_type(name), []).append((graph, name))
     for kind, group in alike.items():
         if kind is None or len(group) < 2:

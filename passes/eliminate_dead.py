@@ -50,7 +50,7 @@ class EliminateDead(Pass):
                 outcome.change(key[1], "removed a function that nothing calls")
         if self.inputs:
             for name in graph.inputs:
-                if not graph.is_used(name) and not graph.is_constant(name):
+                if not graph.use_count(name) and not graph.is_constant(name):
                     _remove_input(graph, name, outcome)
         return outcome
 
@@ -101,7 +101,7 @@ def _cut_body_outputs(graph: Graph, node: NodeProto, bodies: list[Graph], outcom
     if any(len(body.outputs) != len(outputs) + shift for body in bodies):
         return
     for index in reversed(range(first, len(outputs))):
-        if outputs[index] and graph.is_used(outputs[index]):
+        if outputs[index] and graph.use_count(outputs[index]):
             continue
         if len(outputs) == 1:
             break
@@ -119,7 +119,7 @@ def _cut_body_outputs(graph: Graph, node: NodeProto, bodies: list[Graph], outcom
 
 def _cut_optional_outputs(graph: Graph, node: NodeProto, outcome: Outcome) -> None:
     """Blank optional outputs that nothing reads."""
-    unused = [bool(name) and not graph.is_used(name) for name in node.output]
+    unused = [bool(name) and not graph.use_count(name) for name in node.output]
     if not any(unused) or attribute(node, "training_mode", 0):
         return
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import ClassVar
 
@@ -10,6 +11,7 @@ from onnx import NodeProto, TensorProto
 
 from onnxslim_lab.base import Context, Outcome, Pass
 from onnxslim_lab.graph import Graph, attribute, domain_of, is_op
+from onnxslim_lab.layer_views import set_by_caller
 from onnxslim_lab.patterns import (
     clip_bounds,
     enclosed,
@@ -48,7 +50,7 @@ class FuseActivation(Pass):
         while changed:
             changed = False
             for node in graph.nodes:
-                if node not in graph or domain_of(node.domain):
+                if node not in graph or domain_of(node.domain) or not all(node.input[:1]):
                     continue
                 where = node.name or next(filter(None, node.output), node.op_type)
                 found = _FUSIONS.get(node.op_type)
@@ -102,11 +104,12 @@ def hard_sigmoid(graph: Graph, node: NodeProto) -> str:
 
 def hard_swish(graph: Graph, node: NodeProto) -> str:
     """Mul(x, HardSigmoid(x)) with the constants of HardSwish."""
-    for x, gate in ((node.input[0], node.input[1]), (node.input[1], node.input[0])):
+    for x, gate in itertools.permutations(node.input, 2):
         inner = graph.producer(gate)
         if inner is None or not is_op(inner, "HardSigmoid") or inner.input[0] != x or graph.opset() < 14:
             continue
         usual = near(attribute(inner, "alpha", 0.2), _SIXTH) and near(attribute(inner, "beta", 0.5), 0.5)
+        usual = usual and not set_by_caller(inner)
         if usual and enclosed(graph, [inner, node], node.output[0]):
             replace_pattern(graph, [inner, node], "HardSwish", [x], node.output[0])
             return "HardSwish"
@@ -115,7 +118,7 @@ def hard_swish(graph: Graph, node: NodeProto) -> str:
 
 def mish(graph: Graph, node: NodeProto) -> str:
     """Mul(x, Tanh(Softplus(x)))."""
-    for x, gate in ((node.input[0], node.input[1]), (node.input[1], node.input[0])):
+    for x, gate in itertools.permutations(node.input, 2):
         tanh = graph.producer(gate)
         softplus = graph.producer(tanh.input[0]) if tanh is not None and is_op(tanh, "Tanh") else None
         if tanh is None or softplus is None or not is_op(softplus, "Softplus") or softplus.input[0] != x:

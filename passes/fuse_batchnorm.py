@@ -7,7 +7,7 @@ from typing import ClassVar
 from onnx import NodeProto
 
 from onnxslim_lab.affine import Affine, read_affine
-from onnxslim_lab.base import Context, Outcome, Pass
+from onnxslim_lab.base import Change, Context, Outcome, Pass
 from onnxslim_lab.folding import fold_after, fold_before
 from onnxslim_lab.graph import Graph, is_op
 from onnxslim_lab.merging import merge
@@ -40,9 +40,9 @@ class FuseBatchnorm(Pass):
             left = []
             for node in waiting:
                 where = node.name or node.output[0]
-                done, reason = fuse(graph, node)
+                done, reason, weights = fuse(graph, node)
                 if done:
-                    outcome.change(where, done)
+                    outcome.changes.append(Change(where, done, weights))
                 else:
                     left.append(node)
                     reasons[id(node)] = where, reason
@@ -54,29 +54,29 @@ class FuseBatchnorm(Pass):
         return outcome
 
 
-def fuse(graph: Graph, node: NodeProto) -> tuple[str, str]:
-    """Fold one BatchNormalization; return what was done and "", or "" and the reason why not."""
+def fuse(graph: Graph, node: NodeProto) -> tuple[str, str, tuple[str, ...]]:
+    """Fold one BatchNormalization; return what was done ("" for nothing), why not, and the weights edited."""
     before = graph.producer(node.input[0])
     sink = find_sink(graph, node.input[0])
     affine = read_affine(graph, node, None if isinstance(sink, str) else sink.rank)
     if isinstance(affine, str):
-        return "", affine
+        return "", affine, ()
     if isinstance(sink, str):
         reason = sink
     else:
         reason = fold_after(affine, sink)
         if not reason:
-            return f"folded into {sink.layer.op_type} {sink.layer.name}", ""
+            return f"folded into {sink.layer.op_type} {sink.layer.name}", "", (sink.layer.weight,)
     if before is not None and is_op(before, "BatchNormalization"):
         first = read_affine(graph, before)
         reason = merge(graph, first, affine) if isinstance(first, Affine) else first
         if not reason:
-            return f"merged into BatchNormalization {before.name or before.output[0]}", ""
+            return f"merged into BatchNormalization {before.name or before.output[0]}", "", ()
     readers = graph.consumers(affine.y)
     if len(readers) == 1 and not graph.is_output(affine.y):
         after = sink_at(graph, readers[0])
         later = after if isinstance(after, str) else fold_before(affine, after)
         if not isinstance(after, str) and not later:
-            return f"folded into {after.layer.op_type} {after.layer.name} after it", ""
+            return f"folded into {after.layer.op_type} {after.layer.name} after it", "", (after.layer.weight,)
         reason = f"{reason}; {later}"
-    return "", reason
+    return "", reason, ()

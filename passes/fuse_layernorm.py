@@ -9,6 +9,7 @@ from onnx import NodeProto, TensorProto
 
 from onnxslim_lab.base import Context, Outcome, Pass
 from onnxslim_lab.graph import Graph, attribute, is_op
+from onnxslim_lab.layer_views import set_by_caller
 from onnxslim_lab.patterns import enclosed, replace_pattern, scalar, sole_reader, with_scalar
 
 
@@ -89,9 +90,9 @@ def fuse(graph: Graph, sqrt: NodeProto) -> str | None:
 
 def _squared(graph: Graph, node: NodeProto | None) -> str:
     """Return what a node squares, "" when it does not."""
-    if node is not None and is_op(node, "Mul") and node.input[0] == node.input[1]:
+    if node is not None and is_op(node, "Mul") and len(set(node.input)) == 1:
         return node.input[0]
-    if node is not None and is_op(node, "Pow") and _two(graph, node.input[1]):
+    if node is not None and is_op(node, "Pow") and len(node.input) == 2 and _two(graph, node.input[1]):
         return node.input[0]
     return ""
 
@@ -104,6 +105,8 @@ def _two(graph: Graph, value: str) -> bool:
 
 
 def _over_last_axis(graph: Graph, node: NodeProto, rank: int) -> bool:
+    if set_by_caller(node):
+        return False
     axes = attribute(node, "axes")
     if len(node.input) > 1 and node.input[1]:
         values = graph.constant(node.input[1])

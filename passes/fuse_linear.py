@@ -7,7 +7,7 @@ from typing import ClassVar
 from onnx import NodeProto
 
 from onnxslim_lab.affine import ELEMENTWISE, Affine, read_affine
-from onnxslim_lab.base import Context, Outcome, Pass
+from onnxslim_lab.base import Change, Context, Outcome, Pass
 from onnxslim_lab.commuting import scale_further_up, scale_past_shift
 from onnxslim_lab.folding import fold_after, fold_before
 from onnxslim_lab.gemms import absorb_result_transpose, absorb_transposes, add_to_gemm
@@ -18,6 +18,8 @@ from onnxslim_lab.sinks import Sink, find_sink, sink_at
 
 _SUMS = ("Add", "Sum")
 _PRODUCTS = ("MatMul", "Gemm")
+
+Result = tuple[str, str, tuple[str, ...]]  # what was done ("": nothing), why not, the weights edited
 
 
 class FuseLinear(Pass):
@@ -54,9 +56,9 @@ class FuseLinear(Pass):
                 if node not in graph or domain_of(node.domain):
                     continue
                 where = node.name or next(filter(None, node.output), node.op_type)
-                done, reason = fuse(graph, node)
+                done, reason, weights = fuse(graph, node)
                 if done:
-                    outcome.change(where, done)
+                    outcome.changes.append(Change(where, done, weights))
                     changed = True
                 elif reason:
                     refused[where] = reason
@@ -65,60 +67,62 @@ class FuseLinear(Pass):
         return outcome
 
 
-def fuse(graph: Graph, node: NodeProto) -> tuple[str, str]:
-    """Fuse one node where it can be; return what was done, else "" and the reason when one is worth telling."""
+def fuse(graph: Graph, node: NodeProto) -> Result:
+    """Fuse one node where it can be."""
     reason = ""
     if node.op_type in ELEMENTWISE:
-        done, reason = _fuse_affine(graph, node)
+        done, reason, weights = _fuse_affine(graph, node)
         if done:
-            return done, ""
+            return done, "", weights
     if node.op_type in _SUMS and not add_to_gemm(graph, node):
-        return "made the C of a Gemm", ""
+        return "made the C of a Gemm", "", ()
     if node.op_type in _PRODUCTS and not absorb_transposes(graph, node):
-        return "read its operands untransposed", ""
+        return "read its operands untransposed", "", ()
     if node.op_type == "Transpose" and not absorb_result_transpose(graph, node):
-        return "made the product in transposed form", ""
+        return "made the product in transposed form", "", ()
     if node.op_type == "Pad":
         reason = fold_pad(graph, node)
-        return ("", reason) if reason else ("folded into the pads after it", "")
-    return "", reason
+        return ("", reason, ()) if reason else ("folded into the pads after it", "", ())
+    return "", reason, ()
 
 
-def _fuse_affine(graph: Graph, node: NodeProto) -> tuple[str, str]:
+def _folded(sink: Sink, how: str = "") -> Result:
+    return f"folded into {sink.layer.op_type} {sink.layer.name}{how}", "", (sink.layer.weight,)
+
+
+def _fuse_affine(graph: Graph, node: NodeProto) -> Result:
     affine = read_affine(graph, node)
     if isinstance(affine, str):
-        return "", ""
+        return "", "", ()
     sink = find_sink(graph, affine.x)
     reason = ""
     if isinstance(sink, Sink):
         reason = fold_after(affine, sink)
         if not reason:
-            return f"folded into {sink.layer.op_type} {sink.layer.name}", ""
+            return _folded(sink)
         if sink.layer.op_type == "MatMul" and sink.add is None and affine.scale is None:
             reason = ""  # it is the MatMul's bias
     else:
-        done = scale_further_up(graph, affine)
-        if done:
-            return done, ""
+        above = scale_further_up(graph, affine)
+        if above:
+            return _folded(above, " further up")
     before = graph.producer(affine.x)
     first = read_affine(graph, before) if before is not None else ""
     if isinstance(first, Affine) and not merge(graph, first, affine):
-        return f"merged with {first.node.op_type} before it", ""
+        return f"merged with {first.node.op_type} before it", "", ()
     readers = graph.consumers(affine.y)
     if len(readers) != 1 or graph.is_output(affine.y):
-        return "", reason
+        return "", reason, ()
     after = sink_at(graph, readers[0])
     if isinstance(after, Sink):
         later = fold_before(affine, after)
         if not later:
-            return f"folded into {after.layer.op_type} {after.layer.name} after it", ""
-        if isinstance(first, Affine):
-            done = scale_past_shift(graph, first, affine, after)
-            if done:
-                return done, ""
+            return _folded(after, " after it")
+        if isinstance(first, Affine) and scale_past_shift(graph, first, affine, after):
+            return _folded(after, " after it: the scale before the shift")
         reason = f"{reason}; {later}" if reason else later
     if readers[0].op_type == "BatchNormalization":
         second = read_affine(graph, readers[0])
         if isinstance(second, Affine) and not merge(graph, affine, second):
-            return "merged into BatchNormalization after it", ""
-    return "", reason
+            return "merged into BatchNormalization after it", "", ()
+    return "", reason, ()

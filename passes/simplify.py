@@ -22,16 +22,17 @@ from onnxslim_lab.passes.inline_constant_if import InlineConstantIf
 from onnxslim_lab.passes.inline_functions import InlineFunctions
 from onnxslim_lab.passes.simplify_shapes import SimplifyShapes
 
+# What looks for patterns comes before what takes their constants apart.
 ROUND: tuple[type[Pass], ...] = (
     FoldConstants,
     EliminateIdentity,
     SimplifyShapes,
     InlineConstantIf,
-    FuseBatchnorm,
-    FuseLinear,
+    CancelTransposes,
     FuseLayernorm,
     FuseActivation,
-    CancelTransposes,
+    FuseBatchnorm,
+    FuseLinear,
     Deduplicate,
     EliminateDead,
 )

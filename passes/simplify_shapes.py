@@ -13,6 +13,8 @@ from onnxslim_lab.graph import Graph
 from onnxslim_lab.nodes import domain_of
 from onnxslim_lab.size_editor import SizeEditor
 
+MOST_ROUNDS = 8  # what one edit leaves unread makes another one worth its while; two rounds are usual
+
 Edit = Callable[[SizeEditor, NodeProto], bool]  # whether the node is gone
 
 EDITS: dict[str, tuple[Edit, ...]] = {
@@ -21,6 +23,7 @@ EDITS: dict[str, tuple[Edit, ...]] = {
     "Expand": (shape_edits.expand,),
     "Flatten": (SizeEditor.unchanged, view_edits.view),
     "If": (shape_edits.condition,),
+    "Range": (shape_edits.range_,),
     "Reshape": (shape_edits.reshape, view_edits.view),
     "Resize": (shape_edits.resize,),
     "Slice": (shape_edits.slice_, view_edits.slices),
@@ -59,9 +62,13 @@ class SimplifyShapes(Pass):
     def apply(self, graph: Graph, context: Context) -> Outcome:  # noqa: ARG002 - nothing to draw or measure
         """Edit the main graph and, with what is known there, the bodies in it; then the functions."""
         outcome = Outcome()
-        graph.infer()
-        for main in (graph, *graph.functions.values()):
-            _edit(SizeEditor(symbolic.propagate(main), outcome))
+        for _ in range(MOST_ROUNDS):
+            graph.infer()
+            before = len(outcome.changes)
+            for main in (graph, *graph.functions.values()):
+                _edit(SizeEditor(symbolic.propagate(main), outcome))
+            if len(outcome.changes) == before:
+                break
         return outcome
 
 

@@ -84,7 +84,9 @@ class Chains:
         if self.vectors:
             vector, length = self.pick(self.vectors)
             index = f"c{len(self.constants)}"
-            self.constants.append(numpy_helper.from_array(np.array(self.number(0, length - 1), np.int64), index))
+            self.constants.append(
+                numpy_helper.from_array(np.array(self.number(0, length - 1), np.int64), index)
+            )
             scalar = self.add("Gather", [vector, index], axis=0)
             self.vectors.append((self.add("Unsqueeze", [scalar, self.ints([0])]), 1))
 
@@ -93,7 +95,11 @@ class Chains:
             vector, length = self.pick(self.vectors)
             start = self.number(0, length - 1)
             end = self.number(start + 1, length)
-            bounds = [self.ints([start]), self.ints([end if self.number(0, 1) else end - length or 2**31]), self.ints([0])]
+            bounds = [
+                self.ints([start]),
+                self.ints([end if self.number(0, 1) else end - length or 2**31]),
+                self.ints([0]),
+            ]
             self.vectors.append((self.add("Slice", [vector, *bounds]), end - start))
 
     def concat(self) -> None:
@@ -146,13 +152,20 @@ class Chains:
         first = self.add("Gather", [shape, self.ints([0])], axis=0)
         kind = self.number(0, 3)
         ends = [[-1], [-1, 2], [4, -1], [1, -1, 1]][kind]
-        self.tensors.append((self.add("Reshape", [tensor, self.add("Concat", [first, self.ints(ends)], axis=0)]), 1 + len(ends)))
+        self.tensors.append(
+            (
+                self.add("Reshape", [tensor, self.add("Concat", [first, self.ints(ends)], axis=0)]),
+                1 + len(ends),
+            )
+        )
 
     def views(self) -> None:
         tensor, rank = self.pick(self.tensors)
         kind = self.number(0, 3)
         if kind == 0 and rank < 5:
-            self.tensors.append((self.add("Unsqueeze", [tensor, self.ints([self.number(0, rank)])]), rank + 1))
+            self.tensors.append(
+                (self.add("Unsqueeze", [tensor, self.ints([self.number(0, rank)])]), rank + 1)
+            )
         elif kind == 1:
             order = self.draw(st.permutations(range(rank)))
             self.tensors.append((self.add("Transpose", [tensor], perm=list(order)), rank))
@@ -167,7 +180,10 @@ class Chains:
         bounds = [self.number(-3, 3), self.number(-2, 5) or 2**63 - 1, axis, self.pick([1, 1, 1, 2, -1])]
         name = self.add("Slice", [tensor, *(self.ints([bound]) for bound in bounds)])
         if self.number(0, 2) == 0:
-            name = self.add("Slice", [name, self.ints([0]), self.ints([self.number(1, 9)]), self.ints([self.number(0, rank - 1)])])
+            name = self.add(
+                "Slice",
+                [name, self.ints([0]), self.ints([self.number(1, 9)]), self.ints([self.number(0, rank - 1)])],
+            )
         self.tensors.append((name, rank))
 
     def drop(self) -> None:
@@ -183,14 +199,18 @@ class Chains:
         tensor, rank = self.pick(self.tensors)
         if rank < 4:
             axis = self.number(0, rank)
-            parts = [self.add("Unsqueeze", [self.add(op, [tensor]), self.ints([axis])]) for op in ("Relu", "Neg")]
+            parts = [
+                self.add("Unsqueeze", [self.add(op, [tensor]), self.ints([axis])]) for op in ("Relu", "Neg")
+            ]
             self.tensors.append((self.add("Concat", parts, axis=axis), rank + 1))
 
     def expand(self) -> None:
         tensor, rank = self.pick(self.tensors)
         shape = self.add("Shape", [tensor])
         if self.number(0, 1):
-            one = self.add("ConstantOfShape", [shape], value=numpy_helper.from_array(np.array([2.0], np.float32)))
+            one = self.add(
+                "ConstantOfShape", [shape], value=numpy_helper.from_array(np.array([2.0], np.float32))
+            )
             self.tensors.append((self.add("Mul", [tensor, one]), rank))
         else:
             self.tensors.append((self.add("Expand", [tensor, shape]), rank))
@@ -202,9 +222,26 @@ class Chains:
         four = self.add("Reshape", ["x", self.add("Concat", [n, self.ints([2, 2]), s], axis=0)])
         joined = self.add("Reshape", [four, self.add("Concat", [self.ints([-1, 2]), s], axis=0)])
         turned = self.add("Transpose", [joined], perm=[0, 2, 1])
-        self.tensors.append((self.add("Reshape", [turned, self.add("Concat", [n, self.ints([2]), s, self.ints([2])], axis=0)]), 4))
+        self.tensors.append(
+            (
+                self.add(
+                    "Reshape", [turned, self.add("Concat", [n, self.ints([2]), s, self.ints([2])], axis=0)]
+                ),
+                4,
+            )
+        )
 
-    SIZES = ("shape", "gather", "scalar_and_back", "slice", "concat", "arithmetic", "choose", "product", "cast")
+    SIZES = (
+        "shape",
+        "gather",
+        "scalar_and_back",
+        "slice",
+        "concat",
+        "arithmetic",
+        "choose",
+        "product",
+        "cast",
+    )
     TENSORS = ("reshape", "views", "cut", "drop", "stack", "expand", "reshape", "attention")
 
     def model(self) -> onnx.ModelProto:

@@ -17,7 +17,10 @@ HELP = ["optimize", "inspect", "compare", "passes", "recipe", "demo"]
 
 def run(*arguments, code=0):
     done = subprocess.run(
-        [sys.executable, "-m", "onnxslim_lab", *map(str, arguments)], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "onnxslim_lab", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == code, done.stderr + done.stdout
     return done
@@ -61,7 +64,15 @@ def test_data_and_metric(model, tmp_path):
     x = np.random.default_rng(0).normal(size=(50, 64)).astype(np.float32)
     np.savez(tmp_path / "d.npz", x=x, labels=np.arange(50) % 64)
     done = run(
-        "optimize", model, "--dry-run", "--data", tmp_path / "d.npz", "--eval", tmp_path / "d.npz", "--metric", "top1"
+        "optimize",
+        model,
+        "--dry-run",
+        "--data",
+        tmp_path / "d.npz",
+        "--eval",
+        tmp_path / "d.npz",
+        "--metric",
+        "top1",
     )
     assert "top1" in done.stdout
     assert "RANDOM" not in done.stdout

@@ -20,7 +20,9 @@ RNG = np.random.default_rng(0)
 
 
 def network(width=64, dynamic=True):
-    weights = [numpy_helper.from_array(RNG.normal(size=(width, width)).astype(np.float32), f"w{i}") for i in range(2)]
+    weights = [
+        numpy_helper.from_array(RNG.normal(size=(width, width)).astype(np.float32), f"w{i}") for i in range(2)
+    ]
     nodes = [
         helper.make_node("MatMul", ["x", "w0"], ["a"], "first"),
         helper.make_node("Relu", ["a"], ["b"]),
@@ -125,7 +127,9 @@ def test_new_nans_fail_even_a_lossy_step(runner):
 def test_metrics_are_paired(runner):
     x = RNG.normal(size=(200, 64)).astype(np.float32)
     data = Dataset([{"x": x}], RNG.integers(0, 64, 200), source="test")
-    result = optimize(network(), steps=["prune:sparsity=0.5"], data=data, metrics=["agreement", "top1"], runner=runner)
+    result = optimize(
+        network(), steps=["prune:sparsity=0.5"], data=data, metrics=["agreement", "top1"], runner=runner
+    )
     agreement, top1 = result.report.metrics
     assert 0 < agreement.result <= 1
     assert agreement.samples == 200

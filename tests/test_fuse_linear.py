@@ -343,6 +343,28 @@ def test_a_scale_passes_the_shift_before_a_padded_conv():
     )
 
 
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "s = Add(x, k) y = Conv<pads : ints = @p>(s, w, c)",
+        "s = Mul(x, k) y = Conv<pads : ints = @p>(s, w, c)",
+        "s = Pad(x, q) y = Conv<pads : ints = @p>(s, w, c)",
+    ],
+)
+def test_attributes_of_a_functions_caller_are_not_known(lines):
+    names = {
+        "k": "float {2}",
+        "w": "float[2,1,1,1] {1, 2}",
+        "c": "float[2] {1, 2}",
+        "q": "int64[8] {0,0,1,1,0,0,1,1}",
+    }
+    constants = " ".join(f"{n} = Constant<value = {v}>()" for n, v in names.items() if f" {n}" in lines)
+    check(FuseLinear(), f"""<ir_version: 8, opset_import: ["" : 17, "local" : 1]>
+    g (float[n,1,4,4] x) => (float[n,2,a,b] y) {{ y = local.f<p = [1,1,1,1]>(x) }}
+    <domain: "local", opset_import: ["" : 17]>
+    f <p>(x) => (y) {{ {constants} {lines} }}""", None)  # fmt: skip
+
+
 @st.composite
 def chains(draw):
     """Elementwise constants in any order around one layer, some per channel, some scalar."""

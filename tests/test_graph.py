@@ -156,7 +156,10 @@ def test_a_chain_of_ten_thousand_nodes_in_any_order():
     count = 10_000
     nodes = [helper.make_node("Relu", [f"v{i}"], [f"v{i + 1}"]) for i in reversed(range(count))]
     graph = helper.make_graph(
-        nodes, "g", [helper.make_tensor_value_info("v0", 1, [1])], [helper.make_tensor_value_info(f"v{count}", 1, [1])]
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("v0", 1, [1])],
+        [helper.make_tensor_value_info(f"v{count}", 1, [1])],
     )
     loaded = Graph.load(helper.make_model(graph))
     assert [node.output[0] for node in loaded.nodes] == [f"v{i + 1}" for i in range(count)]
@@ -174,7 +177,9 @@ def test_random_edits_keep_the_index(data):
     graph = Graph.parse(BRANCHES)
     for _ in range(data.draw(st.integers(1, 12))):
         part = data.draw(st.sampled_from(list(graph.walk())))
-        visible = sorted({*graph.inputs[:1], *(v for n in part.nodes for v in n.output if part.is_output(v) is False)})
+        visible = sorted(
+            {*graph.inputs[:1], *(v for n in part.nodes for v in n.output if part.is_output(v) is False)}
+        )
         choice = data.draw(st.sampled_from(["emit", "constant", "replace", "input", "remove"]))
         nodes = [node for node in part.nodes if not part.bodies(node)]
         if choice == "emit":

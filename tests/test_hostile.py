@@ -54,17 +54,23 @@ BAD = {
         tensors=[TensorProto(name="w", data_type=1, dims=[2**33, 2**33], raw_data=b"abcd")],
     ),
     "negative dims": model(
-        [node("Add", ["x", "w"], ["y"])], tensors=[TensorProto(name="w", data_type=1, dims=[-1], raw_data=b"abcd")]
+        [node("Add", ["x", "w"], ["y"])],
+        tensors=[TensorProto(name="w", data_type=1, dims=[-1], raw_data=b"abcd")],
     ),
     "unknown dtype": model(
-        [node("Add", ["x", "w"], ["y"])], tensors=[TensorProto(name="w", data_type=99, dims=[1], raw_data=b"a")]
+        [node("Add", ["x", "w"], ["y"])],
+        tensors=[TensorProto(name="w", data_type=99, dims=[1], raw_data=b"a")],
     ),
     "newlines in names": model([node("Add", ["x", "w\n[red]<script>"], ["y"], name="a\nb")]),
 }
 # Files that load, but ask for a lot: they must come back in bounded time and memory, one way or the other.
 GREEDY = {
     "fill": model(
-        [node("ConstantOfShape", ["n"], ["c"]), node("ReduceSum", ["c"], ["s"], keepdims=0), node("Add", ["x", "s"], ["y"])],
+        [
+            node("ConstantOfShape", ["n"], ["c"]),
+            node("ReduceSum", ["c"], ["s"], keepdims=0),
+            node("Add", ["x", "s"], ["y"]),
+        ],
         tensors=[ints("n", [100_000_000_000])],
     ),
     "range": model(
@@ -87,7 +93,11 @@ GREEDY = {
         tensors=[ints("n", [200_000, 1]), ints("m", [1, 200_000])],
     ),
     "tiles": model(
-        [node("Tile", ["x", "n"], ["t"]), node("ReduceSum", ["t"], ["s"], keepdims=0), node("Add", ["x", "s"], ["y"])],
+        [
+            node("Tile", ["x", "n"], ["t"]),
+            node("ReduceSum", ["t"], ["s"], keepdims=0),
+            node("Add", ["x", "s"], ["y"]),
+        ],
         tensors=[ints("n", [10**10])],
     ),
     "wrong opset": model([node("Relu", ["x"], ["y"])], opset=9999),
@@ -140,7 +150,12 @@ def test_a_greedy_file_comes_back(name, tmp_path):
 def test_a_chain_of_ten_thousand_nodes(tmp_path):
     count = 10_000
     nodes = [node("Add", [f"v{i}", "w"], [f"v{i + 1}"]) for i in range(count)]
-    chain = model(nodes, inputs=[("v0", [4])], outputs=[(f"v{count}", [4])], tensors=[helper.make_tensor("w", 1, [1], [1])])
+    chain = model(
+        nodes,
+        inputs=[("v0", [4])],
+        outputs=[(f"v{count}", [4])],
+        tensors=[helper.make_tensor("w", 1, [1], [1])],
+    )
     path = tmp_path / "in.onnx"
     path.write_bytes(chain.SerializeToString())
     done = run(path, tmp_path)

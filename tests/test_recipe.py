@@ -40,7 +40,9 @@ def test_every_pass_round_trips_as_text_yaml_and_json(kind):
 
 def test_command_line_text():
     assert parse_step("prune: sparsity=0.5 , scope=row").scope == "row"
-    assert parse_step("simplify:skip=[fuse-linear, encode-not]".replace(", encode-not", "")).skip == ("fuse-linear",)
+    assert parse_step("simplify:skip=[fuse-linear, encode-not]".replace(", encode-not", "")).skip == (
+        "fuse-linear",
+    )
     assert step_text(parse_step("fold-constants:allow_growth=true")) == "fold-constants:allow_growth=true"
 
 

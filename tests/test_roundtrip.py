@@ -10,7 +10,9 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxslim_lab.errors import ExternalDataError, ModelError, SaveError
 from onnxslim_lab.graph import Graph
 
-BYTES = [kind for kind in TensorProto.DataType.values() if kind not in (TensorProto.UNDEFINED, TensorProto.STRING)]
+BYTES = [
+    kind for kind in TensorProto.DataType.values() if kind not in (TensorProto.UNDEFINED, TensorProto.STRING)
+]
 
 
 def model_with(tensors, **extra):
@@ -81,7 +83,12 @@ def test_typed_fields_strings_and_everything_around_survive(tmp_path):
     node = helper.make_node("Custom", ["x"], ["z"], "c", domain="my.domain", blob=raw_tensor("a", 1, 999))
     model.graph.node.append(node)
     function = helper.make_function(
-        "my.domain", "Fn", ["a"], ["b"], [helper.make_node("Identity", ["a"], ["b"])], [helper.make_opsetid("", 25)]
+        "my.domain",
+        "Fn",
+        ["a"],
+        ["b"],
+        [helper.make_node("Identity", ["a"], ["b"])],
+        [helper.make_opsetid("", 25)],
     )
     function.doc_string = "a function"
     model.functions.append(function)
@@ -117,7 +124,9 @@ def test_bodies_and_constant_nodes_keep_their_tensors(tmp_path):
 
 
 def test_external_data_there_and_back(tmp_path):
-    model = model_with([raw_tensor("w", TensorProto.FLOAT, 100_000), raw_tensor("small", TensorProto.INT64, 3)])
+    model = model_with(
+        [raw_tensor("w", TensorProto.FLOAT, 100_000), raw_tensor("small", TensorProto.INT64, 3)]
+    )
     whole = model.SerializeToString()
     saved = Graph.load(whole).save(tmp_path / "a.onnx", external=True)
     assert len(saved.paths) == 2
@@ -169,7 +178,9 @@ def test_unsafe_external_data_is_refused(tmp_path, location, offset, length):
     (tmp_path / "outside.bin").write_bytes(bytes(400))
     (folder / "data.bin").write_bytes(bytes(404))
     (folder / "link.bin").symlink_to(tmp_path / "outside.bin")
-    tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[100], data_location=TensorProto.EXTERNAL)
+    tensor = TensorProto(
+        name="w", data_type=TensorProto.FLOAT, dims=[100], data_location=TensorProto.EXTERNAL
+    )
     for key, value in (("location", location), ("offset", offset), ("length", length)):
         tensor.external_data.add(key=key, value=value)
     (folder / "m.onnx").write_bytes(model_with([tensor]).SerializeToString())
@@ -178,7 +189,9 @@ def test_unsafe_external_data_is_refused(tmp_path, location, offset, length):
 
 
 def test_a_stub_of_our_own_cannot_be_forged(tmp_path):
-    tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[400], data_location=TensorProto.EXTERNAL)
+    tensor = TensorProto(
+        name="w", data_type=TensorProto.FLOAT, dims=[400], data_location=TensorProto.EXTERNAL
+    )
     tensor.external_data.add(key="location", value="onnxslim_lab:0")
     (tmp_path / "m.onnx").write_bytes(model_with([tensor]).SerializeToString())
     with pytest.raises(ExternalDataError):

@@ -1,0 +1,302 @@
+"""Integer products, exact: nothing is rounded or saturated before the result is.
+
+Integers go through BLAS as float32 where every partial sum stays below 2**24, else as float64 (below 2**53):
+such sums are exact in whatever order they are taken.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from onnxslim_lab.kernels.cast import cast
+from onnxslim_lab.kernels.dtypes import is_integer, limits
+from onnxslim_lab.kernels.registry import Array, kernel
+
+FLOAT32_EXACT = 1 << 24
+DIRECT_CHANNELS = 4  # groups with fewer channels than this are accumulated tap by tap
+
+
+def centred(x: Array, zero_point: Array | None, axis: int | None = None) -> Array:
+    """Return x - zero_point as int32 (int64 for 32-bit integers), which no 8- or 16-bit type overflows.
+
+    Args:
+        x: Integers.
+        zero_point: One value, one per index of `axis`, or an array that broadcasts over x.
+        axis: Where a vector of zero points belongs.
+
+    Raises:
+        ValueError: The zero points do not fit.
+    """
+    wide = np.int64 if x.dtype.itemsize >= 4 else np.int32
+    if zero_point is None or (zero_point.size == 1 and not zero_point.any()):
+        return x.astype(wide)
+    shift = zero_point.astype(wide)
+    if shift.size == 1:
+        shift = shift.reshape(())
+    elif shift.ndim == 1 and axis is not None:
+        if shift.shape[0] != x.shape[axis]:
+            raise ValueError(f"{shift.shape[0]} zero points for {x.shape[axis]} indices of axis {axis}")
+        shift = shift.reshape([-1 if i == axis % x.ndim else 1 for i in range(x.ndim)])
+    return np.asarray(x.astype(wide) - shift)
+
+
+def carrier(left: Array, right: Array, length: int) -> np.dtype[Any]:
+    """Return the floating point type in which sums of `length` products of these integers are exact."""
+    greatest = [int(np.abs(side).max(initial=0)) for side in (left, right)]
+    fits = greatest[0] * greatest[1] * length < FLOAT32_EXACT
+    return np.dtype(np.float32 if fits else np.float64)
+
+
+def integer_matmul(left: Array, right: Array) -> Array:
+    """Return the exact matrix product of integer arrays as int64, batched as numpy.matmul."""
+    dtype = carrier(left, right, left.shape[-1])
+    return np.asarray(np.matmul(left.astype(dtype), right.astype(dtype))).astype(np.int64)
+
+
+def geometry(
+    lengths: Sequence[int],
+    kernel_lengths: Sequence[int],
+    auto_pad: str,
+    pads: Sequence[int] | None,
+    strides: Sequence[int],
+    dilations: Sequence[int],
+) -> tuple[list[tuple[int, int]], list[int]]:
+    """Return the padding before and after every spatial axis and the lengths of the result.
+
+    Raises:
+        ValueError: `auto_pad` is unknown or the window does not fit.
+
+    >>> geometry([5], [3], "SAME_UPPER", None, [2], [1])
+    ([(1, 1)], [3])
+    """
+    rank = len(lengths)
+    spans = [(size - 1) * step + 1 for size, step in zip(kernel_lengths, dilations, strict=True)]
+    if auto_pad in {"SAME_UPPER", "SAME_LOWER"}:
+        around = []
+        for length, span, stride in zip(lengths, spans, strides, strict=True):
+            total = max((-(-length // stride) - 1) * stride + span - length, 0)
+            small = total // 2
+            around.append((small, total - small) if auto_pad == "SAME_UPPER" else (total - small, small))
+    elif auto_pad == "NOTSET" and pads:
+        around = [(pads[axis], pads[axis + rank]) for axis in range(rank)]
+    elif auto_pad in {"NOTSET", "VALID"}:
+        around = [(0, 0)] * rank
+    else:
+        raise ValueError(f"auto_pad {auto_pad!r} is not NOTSET, SAME_UPPER, SAME_LOWER or VALID")
+    sizes = [
+        (length + before + after - span) // stride + 1
+        for length, span, stride, (before, after) in zip(lengths, spans, strides, around, strict=True)
+    ]
+    if any(size < 0 for size in sizes):
+        raise ValueError(f"a window of {spans} does not fit {list(lengths)} with pads {around}")
+    return around, sizes
+
+
+def taps(
+    padded: Array, kernel_lengths: Sequence[int], strides: Sequence[int], dilations: Sequence[int]
+) -> list[Array]:
+    """Return for every position in the window the view of what it sees: (N, C, *padded) -> (N, C, *out)."""
+    spatial = padded.shape[2:]
+    views = []
+    for place in np.ndindex(*kernel_lengths):
+        window = [slice(None), slice(None)]
+        for offset, size, length, stride, step in zip(
+            place, kernel_lengths, spatial, strides, dilations, strict=True
+        ):
+            count = (length - (size - 1) * step - 1) // stride + 1
+            window.append(slice(offset * step, offset * step + (count - 1) * stride + 1, stride))
+        views.append(padded[tuple(window)])
+    return views
+
+
+def integer_conv(
+    x: Array,
+    w: Array,
+    *,
+    auto_pad: str,
+    dilations: Sequence[int] | None,
+    group: int,
+    kernel_shape: Sequence[int] | None,
+    pads: Sequence[int] | None,
+    strides: Sequence[int] | None,
+) -> Array:
+    """Return the exact convolution of centred integers, int64: padding counts as zero.
+
+    Args:
+        x: Centred input (N, C, *spatial).
+        w: Centred weights (M, C / group, *kernel).
+        auto_pad, dilations, group, kernel_shape, pads, strides: As Conv has them.
+
+    Raises:
+        ValueError: The shapes do not fit.
+    """
+    rank = x.ndim - 2
+    size = list(w.shape[2:])
+    if kernel_shape is not None and list(kernel_shape) != size:
+        raise ValueError(f"kernel_shape {list(kernel_shape)} is not that of the weights, {size}")
+    if w.ndim != x.ndim or w.shape[1] * group != x.shape[1] or w.shape[0] % group:
+        raise ValueError(f"weights {w.shape} in {group} groups do not fit an input {x.shape}")
+    steps, spread = list(strides or [1] * rank), list(dilations or [1] * rank)
+    around, out = geometry(x.shape[2:], size, auto_pad, pads, steps, spread)
+    batch, filters, inside = x.shape[0], w.shape[0], w.shape[1]
+    depth = inside * math.prod(size)
+    dtype = carrier(x, w, depth)
+    padded = np.pad(x.astype(dtype), [(0, 0), (0, 0), *around])
+    views = taps(padded, size, steps, spread)
+    weights = w.astype(dtype)
+    if inside < DIRECT_CHANNELS and group > 1:
+        return _direct(views, weights, group, (batch, filters, *out))
+    matrix = weights.reshape(group, filters // group, depth)
+    result = np.empty((batch, filters, math.prod(out)), np.int64)
+    for row in range(batch):  # one image at a time: its columns fit the memory, all may not
+        columns = np.stack([view[row].reshape(group, inside, -1) for view in views], axis=2)
+        product = np.matmul(matrix, columns.reshape(group, depth, -1))
+        result[row] = product.reshape(filters, -1)
+    return result.reshape(batch, filters, *out)
+
+
+def _direct(views: list[Array], weights: Array, group: int, shape: tuple[int, ...]) -> Array:
+    """Return the convolution of small groups, such as depthwise ones, summed over window positions."""
+    batch, filters, *out = shape
+    inside = weights.shape[1]
+    flat = weights.reshape(group, filters // group, inside, -1)
+    total = np.zeros((batch, group, filters // group, *out), weights.dtype)
+    ones = (1,) * len(out)
+    for place, view in enumerate(views):
+        seen = view.reshape(batch, group, inside, *out)
+        for channel in range(inside):
+            factor = flat[:, :, channel, place].reshape(1, group, -1, *ones)
+            total += seen[:, :, channel][:, :, None] * factor
+    return total.reshape(shape).astype(np.int64)
+
+
+def requantized(accumulated: Array, scale: Array, zero_point: Array | None, dtype: np.dtype[Any]) -> Array:
+    """Return saturate(round(accumulated * scale) + zero_point), ties to even, the product in float32."""
+    scaled = np.rint(accumulated.astype(np.float32) * scale.astype(np.float32)).astype(np.float64)
+    low, high = limits(dtype)
+    if zero_point is not None:
+        scaled = scaled + zero_point.astype(np.float64)
+    return np.clip(np.nan_to_num(scaled, nan=low), low, high).astype(np.int64).astype(dtype)
+
+
+@kernel("MatMulInteger", since=10)
+def MatMulInteger(
+    A: Array, B: Array, a_zero_point: Array | None = None, b_zero_point: Array | None = None
+) -> Array:
+    """Return (A - a_zero_point) (B - b_zero_point) in int32; zero points per row of A, per column of B."""
+    left = centred(A, a_zero_point, -2 if A.ndim > 1 else None)
+    return integer_matmul(left, centred(B, b_zero_point, -1)).astype(np.int32)
+
+
+@kernel("ConvInteger", since=10)
+def ConvInteger(
+    x: Array,
+    w: Array,
+    x_zero_point: Array | None = None,
+    w_zero_point: Array | None = None,
+    *,
+    auto_pad: str = "NOTSET",
+    dilations: Sequence[int] | None = None,
+    group: int = 1,
+    kernel_shape: Sequence[int] | None = None,
+    pads: Sequence[int] | None = None,
+    strides: Sequence[int] | None = None,
+) -> Array:
+    """Return the convolution of the centred integers in int32; padding means x_zero_point."""
+    return integer_conv(
+        centred(x, x_zero_point),
+        centred(w, w_zero_point, 0),
+        auto_pad=auto_pad,
+        dilations=dilations,
+        group=group,
+        kernel_shape=kernel_shape,
+        pads=pads,
+        strides=strides,
+    ).astype(np.int32)
+
+
+@kernel("QLinearConv", since=10)
+def QLinearConv(
+    x: Array,
+    x_scale: Array,
+    x_zero_point: Array,
+    w: Array,
+    w_scale: Array,
+    w_zero_point: Array,
+    y_scale: Array,
+    y_zero_point: Array,
+    B: Array | None = None,
+    *,
+    auto_pad: str = "NOTSET",
+    dilations: Sequence[int] | None = None,
+    group: int = 1,
+    kernel_shape: Sequence[int] | None = None,
+    pads: Sequence[int] | None = None,
+    strides: Sequence[int] | None = None,
+) -> Array:
+    """Return the quantized convolution; scale and zero point of the weights also per filter, B in int32."""
+    total = integer_conv(
+        centred(x, x_zero_point),
+        centred(w, w_zero_point, 0),
+        auto_pad=auto_pad,
+        dilations=dilations,
+        group=group,
+        kernel_shape=kernel_shape,
+        pads=pads,
+        strides=strides,
+    )
+    ones = (1,) * (x.ndim - 2)
+    if B is not None:
+        total = total + B.astype(np.int64).reshape(-1, *ones)
+    scale = (x_scale.reshape(-1) * w_scale.reshape(-1) / y_scale.reshape(-1)).reshape(-1, *ones)
+    return requantized(total, scale, y_zero_point, y_zero_point.dtype)
+
+
+@kernel("QLinearMatMul", since=10)
+def QLinearMatMul(
+    a: Array,
+    a_scale: Array,
+    a_zero_point: Array,
+    b: Array,
+    b_scale: Array,
+    b_zero_point: Array,
+    y_scale: Array,
+    y_zero_point: Array,
+) -> Array:
+    """Return the quantized matrix product; scales and zero points per row of a and of y, per column of b."""
+
+    def rows(parameter: Array) -> Array:
+        return parameter[:, None] if parameter.ndim == 1 and parameter.size > 1 else parameter
+
+    def scalar(parameter: Array) -> Array:
+        return parameter.reshape(()) if parameter.size == 1 else parameter
+
+    left, right, out = (scalar(rows(a_scale)), scalar(b_scale), scalar(rows(y_scale)))
+    scale = left.astype(np.float32) * right.astype(np.float32) / out.astype(np.float32)
+    if is_integer(a.dtype):
+        total = integer_matmul(centred(a, a_zero_point, -2), centred(b, b_zero_point, -1))
+        return requantized(total, scale, scalar(rows(y_zero_point)), y_zero_point.dtype)
+    exact = [
+        value.astype(np.float64) - scalar(zero_point).astype(np.float64)
+        for value, zero_point in ((a, rows(a_zero_point)), (b, b_zero_point))
+    ]
+    product = np.matmul(*exact).astype(np.float32) * scale
+    return cast(product + scalar(rows(y_zero_point)).astype(np.float32), y_zero_point.dtype)
+
+
+@kernel("DynamicQuantizeLinear", since=11)
+def DynamicQuantizeLinear(x: Array) -> tuple[Array, Array, Array]:
+    """Return x in uint8, the scale and the zero point that its own range, widened to hold 0, asks for.
+
+    The specification leaves the scale of all zeros open (it would be 0): 1, as onnxruntime has it.
+    """
+    low = np.minimum(x.min(initial=np.inf), 0).astype(np.float32)
+    high = np.maximum(x.max(initial=-np.inf), 0).astype(np.float32)
+    scale = np.float32(1) if high == low else (high - low) / np.float32(255)
+    zero_point = np.rint(np.clip(-low / scale, 0, 255)).astype(np.uint8)
+    quantized = np.clip(np.rint(x / scale) + np.float32(zero_point), 0, 255)
+    return quantized.astype(np.uint8), np.asarray(scale, np.float32), zero_point
