@@ -22,6 +22,8 @@ from onnxslim_lab.kernels import (
     linear,
     logical,
     loss,
+    machines,
+    ml,
     optional,
     pad,
     quantize,
@@ -34,6 +36,7 @@ from onnxslim_lab.kernels import (
     spectral,
     strings,
     tfidf,
+    tree_operators,
 )
 from onnxslim_lab.kernels.registry import Kernel, kernel, lookup, run
 
@@ -52,6 +55,8 @@ __all__ = [
     "logical",
     "lookup",
     "loss",
+    "machines",
+    "ml",
     "optional",
     "pad",
     "quantize",
@@ -65,4 +70,5 @@ __all__ = [
     "spectral",
     "strings",
     "tfidf",
+    "tree_operators",
 ]

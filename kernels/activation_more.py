@@ -99,7 +99,7 @@ def HardSwish(X: Array) -> Array:
 @kernel("ThresholdedRelu", since=10)
 def ThresholdedRelu(X: Array, *, alpha: float = 1.0) -> Array:
     """Return X where it is above alpha and zero elsewhere."""
-    return np.where(X > scalar(alpha, X), X, scalar(0, X))
+    return np.where(scalar(alpha, X) < X, X, scalar(0, X))
 
 
 @kernel("Shrink", since=9)

@@ -247,9 +247,7 @@ def ConvTranspose(
         if length < 0:
             raise ValueError(f"ConvTranspose: spatial axis {axis} would have the length {length}")
         lengths.append(length)
-    window = Window(
-        tuple(lengths), W.shape[2:], steps, gaps, tuple(begins), tuple(ends), X.shape[2:]
-    )
+    window = Window(tuple(lengths), W.shape[2:], steps, gaps, tuple(begins), tuple(ends), X.shape[2:])
     batch, outputs = X.shape[0], W.shape[1]
     matrix = wide(W).reshape(group, W.shape[0] // group, math.prod(W.shape[1:])).transpose(0, 2, 1)
     inputs = wide(X).reshape(batch, group, W.shape[0] // group, math.prod(X.shape[2:]))

@@ -228,7 +228,7 @@ def Imputer(
         replaced = np.asarray(replaced_value_float, X.dtype)
         missing = np.isnan(X) if np.isnan(replaced) else replaced == X
     else:
-        missing = X == np.asarray(replaced_value_int64, X.dtype)
+        missing = np.asarray(replaced_value_int64, X.dtype) == X
     return np.where(missing, imputed, X)
 
 
@@ -260,7 +260,10 @@ def Scaler(X: Array, *, offset: Sequence[float] | None = None, scale: Sequence[f
 
 @kernel("ZipMap", since=1, domain=ML, tensors=False)
 def ZipMap(
-    X: Array, *, classlabels_int64s: Sequence[int] | None = None, classlabels_strings: Sequence[str] | None = None
+    X: Array,
+    *,
+    classlabels_int64s: Sequence[int] | None = None,
+    classlabels_strings: Sequence[str] | None = None,
 ) -> list[dict[Any, float]]:
     """Return for every row a dict from class labels to the row's values."""
     lists = {"classlabels_int64s": classlabels_int64s, "classlabels_strings": classlabels_strings}

@@ -102,7 +102,9 @@ def BatchNormalization_1(
     if is_test:
         return BatchNormalization_7(X, scale, B, mean, var, epsilon=epsilon, spatial=spatial)
     if not spatial:
-        raise NotImplementedError("BatchNormalization: training with spatial 0 is not defined for one batch axis")
+        raise NotImplementedError(
+            "BatchNormalization: training with spatial 0 is not defined for one batch axis"
+        )
     return trained(X, scale, B, mean, var, epsilon, momentum)
 
 
@@ -234,7 +236,9 @@ def InstanceNormalization(input: Array, scale: Array, B: Array, *, epsilon: floa
         ValueError: There is no spatial axis, or scale or B do not have one value per channel.
     """
     if input.ndim < 3:
-        raise ValueError(f"InstanceNormalization: the input has shape {input.shape}, expected (N, C, D1, ...)")
+        raise ValueError(
+            f"InstanceNormalization: the input has shape {input.shape}, expected (N, C, D1, ...)"
+        )
     expect("InstanceNormalization", "scale", scale, input.shape[1:2])
     expect("InstanceNormalization", "B", B, input.shape[1:2])
     x = wide(input)
@@ -253,7 +257,9 @@ def grouped(X: Array, num_groups: int, epsilon: float, stash: np.dtype[np.generi
         ValueError: The channels do not divide into the groups.
     """
     if X.ndim < 2 or num_groups < 1 or X.shape[1] % num_groups:
-        raise ValueError(f"GroupNormalization: X {X.shape} has no channels that divide into {num_groups} groups")
+        raise ValueError(
+            f"GroupNormalization: X {X.shape} has no channels that divide into {num_groups} groups"
+        )
     x = X.astype(stash, copy=False)
     x = x.reshape(X.shape[0], num_groups, X.shape[1] // num_groups, *X.shape[2:])
     mean, variance = moments(x, tuple(range(2, x.ndim)))
@@ -306,7 +312,9 @@ def MeanVarianceNormalization(X: Array, *, axes: Sequence[int] = (0, 2, 3)) -> A
     chosen = tuple(positive_axes(np.asarray(list(axes), np.int64), x.ndim))
     mean = np.mean(x, axis=chosen, keepdims=True)
     variance = np.mean(np.square(x), axis=chosen, keepdims=True) - np.square(mean)
-    return np.asarray((x - mean) / (np.sqrt(variance) + np.asarray(1e-9, x.dtype))).astype(X.dtype, copy=False)
+    return np.asarray((x - mean) / (np.sqrt(variance) + np.asarray(1e-9, x.dtype))).astype(
+        X.dtype, copy=False
+    )
 
 
 @kernel("LRN", since=1)
@@ -314,7 +322,9 @@ def LRN(X: Array, *, size: int, alpha: float = 1e-4, beta: float = 0.75, bias: f
     """Return X over (bias + alpha / size * sum of squares of the `size` channels around) ** beta."""
     x = wide(X)
     if X.ndim < 2 or size < 1:
-        raise ValueError(f"LRN: X has shape {X.shape} and size is {size}, expected (N, C, ...) and at least 1")
+        raise ValueError(
+            f"LRN: X has shape {X.shape} and size is {size}, expected (N, C, ...) and at least 1"
+        )
     squares = np.square(x)
     total = np.zeros_like(x)
     for offset in range(-((size - 1) // 2), size // 2 + 1):

@@ -10,7 +10,7 @@ from onnxslim_lab.kernels.registry import Array, kernel
 
 
 @kernel("Optional", since=15, tensors=False)
-def Optional(input: Any = None, *, type: Any = None) -> Any:  # noqa: A002 - the specification's name
+def Optional(input: Any = None, *, type: Any = None) -> Any:
     """Return an optional that holds the input, empty without one.
 
     Args:

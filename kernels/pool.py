@@ -290,7 +290,9 @@ def LpPool_18(
 ) -> Array:
     """Return the p-norm of every window of X (N, C, ...)."""
     lengths = spatial("LpPool", X)
-    return lp_pool(X, p, slide("LpPool", lengths, kernel_shape, strides, dilations, pads, auto_pad, ceil_mode))
+    return lp_pool(
+        X, p, slide("LpPool", lengths, kernel_shape, strides, dilations, pads, auto_pad, ceil_mode)
+    )
 
 
 def spatial_axes(op_type: str, X: Array) -> tuple[int, ...]:

@@ -54,7 +54,12 @@ def RandomUniform(
 
 @kernel("RandomNormalLike", since=1)
 def RandomNormalLike(
-    input: Array, *, dtype: int | None = None, mean: float = 0.0, scale: float = 1.0, seed: float | None = None
+    input: Array,
+    *,
+    dtype: int | None = None,
+    mean: float = 0.0,
+    scale: float = 1.0,
+    seed: float | None = None,
 ) -> Array:
     """Return numbers of the normal distribution in the input's shape."""
     drawn = generator(seed).normal(mean, scale, input.shape)

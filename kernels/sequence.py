@@ -50,7 +50,9 @@ def SequenceAt(input_sequence: Sequence[Array], position: Array) -> Array:
 
 
 @kernel("SequenceInsert", since=11, tensors=False)
-def SequenceInsert(input_sequence: Sequence[Array], tensor: Array, position: Array | None = None) -> list[Array]:
+def SequenceInsert(
+    input_sequence: Sequence[Array], tensor: Array, position: Array | None = None
+) -> list[Array]:
     """Return the sequence with a tensor put before a position, at the end by default.
 
     Raises:

@@ -26,7 +26,9 @@ def StringConcat(X: Array, Y: Array) -> Array:
 
 
 @kernel("StringSplit", since=20)
-def StringSplit(X: Array, *, delimiter: str | None = None, maxsplit: int | None = None) -> tuple[Array, Array]:
+def StringSplit(
+    X: Array, *, delimiter: str | None = None, maxsplit: int | None = None
+) -> tuple[Array, Array]:
     """Return the parts of every string along a new last axis, filled up with "", and their numbers.
 
     Without a delimiter, or with an empty one, strings are split at runs of white space.

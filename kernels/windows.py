@@ -77,7 +77,9 @@ def paddings(op_type: str, pads: Ints | None, rank: int) -> tuple[list[int], lis
     if not pads:
         return [0] * rank, [0] * rank
     if len(pads) != 2 * rank:
-        raise ValueError(f"{op_type}: pads has {len(pads)} entries for {rank} spatial axes, expected {2 * rank}")
+        raise ValueError(
+            f"{op_type}: pads has {len(pads)} entries for {rank} spatial axes, expected {2 * rank}"
+        )
     if min(pads) < 0:
         raise ValueError(f"{op_type}: pads is {list(pads)}, every entry must be at least 0")
     return list(pads[:rank]), list(pads[rank:])

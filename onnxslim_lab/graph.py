@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Self
+from typing import Any, Self
 
 import onnx
 from onnx import ModelProto
@@ -49,6 +49,19 @@ class Graph(GraphEdits):
                 raise ModelError("the ModelProto is over 2 GB: save it with external data first") from error
         model, origin = modelfile.read(source, store)
         return cls._from_light(model, store, origin)
+
+    @classmethod
+    def from_graphsurgeon(cls, graph: Any) -> Self:
+        """Read an onnx_graphsurgeon.Graph, which is not changed."""
+        import onnx_graphsurgeon  # noqa: PLC0415 - a third of a second that most runs need not wait
+
+        return cls.load(onnx_graphsurgeon.export_onnx(graph, do_type_check=False))
+
+    def to_graphsurgeon(self) -> Any:
+        """Return the whole model as an onnx_graphsurgeon.Graph; raises ModelError over 2 GB."""
+        import onnx_graphsurgeon  # noqa: PLC0415 - as above
+
+        return onnx_graphsurgeon.import_onnx(self.to_model())
 
     @classmethod
     def parse(cls, text: str) -> Self:

@@ -38,9 +38,8 @@ class GraphEdits(GraphValues):
                 self._changed()
             return
         old = self._initializers.get(name)
-        if old is not None:
-            if old.HasField("doc_string"):
-                tensor.doc_string = old.doc_string
+        if old is not None and old.HasField("doc_string"):
+            tensor.doc_string = old.doc_string
         self._initializers[name] = tensor
         self._remember(name)
         self.set_type(name, tensor.data_type, tuple(tensor.dims))

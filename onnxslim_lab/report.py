@@ -173,7 +173,7 @@ class Report(_Part):
                 f"{_safe(metric.name)}: {before}{metric.result:.4g} "
                 f"({metric.difference:+.4g}{interval}; {_safe(metric.method)}; {metric.samples} samples)"
             )
-        if self.data is not None and self.data.random:
+        if self.data is not None and self.data.random and self.final.status != "skipped":
             lines.append(
                 "[yellow]outputs were compared on RANDOM data; give --data for a real check[/yellow]"
             )

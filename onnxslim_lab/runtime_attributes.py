@@ -37,9 +37,7 @@ def resolve(node: NodeProto, bound: Bound) -> dict[str, AttributeProto]:
 
 def keywords(node: NodeProto, bound: Bound, store: WeightStore) -> dict[str, Any]:
     """Return a node's attributes as Python values: tensors as arrays, strings decoded."""
-    return {
-        name: value_of(item, store) for name, item in resolve(node, bound).items() if name not in IGNORED
-    }
+    return {name: value_of(item, store) for name, item in resolve(node, bound).items() if name not in IGNORED}
 
 
 def value_of(item: AttributeProto, store: WeightStore) -> Any:

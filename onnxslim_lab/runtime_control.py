@@ -137,7 +137,7 @@ def _scan_batches(body: Body, attributes: Attributes, count: int, scanned: int) 
         outputs: list[list[Array]] = []
         kinds = [body.graph.output_types()[name] for name in body.graph.outputs[carried:]]
         for item, length in enumerate(lengths):
-            state = [value[item] for value in arguments[1 : 1 + carried]]
+            state = [np.asarray(value[item]) for value in arguments[1 : 1 + carried]]
             parts = [
                 source[item][longest - length :] if flag else source[item][:length]
                 for source, flag in zip(sources, backwards, strict=True)

@@ -58,6 +58,7 @@ def body(schema: Schema, node: NodeProto, opset: int, types: Sequence[TypeProto]
     function = FunctionProto.FromString(data)
     domain, name = "onnxslim_lab.body", function.name
     function.domain = domain  # a standard operator's name: its body may use that operator
+    _drop_outputs(function, node)
     if not function.opset_import:
         function.opset_import.add(domain="", version=opset)
     model = ModelProto(ir_version=onnx.IR_VERSION, functions=[function])
@@ -65,6 +66,20 @@ def body(schema: Schema, node: NodeProto, opset: int, types: Sequence[TypeProto]
     model.opset_import.add(domain=domain, version=1)
     model.graph.name = name
     return Graph.load(model).functions[domain, name, function.overload]
+
+
+def _drop_outputs(function: FunctionProto, node: NodeProto) -> None:
+    """Remove outputs that the body does not make or the node does not ask for, from the last on.
+
+    Bodies that depend on the node leave out what it does not need. Another output that is missing is made by
+    a node without inputs that no kernel has to compute, as nothing reads it.
+    """
+    made = {name for child in function.node for name in child.output} | set(function.input)
+    while function.output and (function.output[-1] not in made or len(function.output) > len(node.output)):
+        del function.output[-1]
+    for name in function.output:
+        if name not in made:
+            function.node.append(helper.make_node("Optional", [], [name]))
 
 
 def _version(versions: Sequence[int], opset: int) -> int:

@@ -71,8 +71,7 @@ class Plan:
 
     def compile(self, wanted: Sequence[int], steps: Sequence[Step] | None = None) -> Program:
         """Return the program that computes the wanted slots."""
-        held = (*self.inputs, *(slot for slot, _ in self._takes)) if self.graph.parent else ()
-        return compile_program(self.steps if steps is None else steps, wanted, self.constants, held)
+        return compile_program(self.steps if steps is None else steps, wanted, self.constants)
 
     def call(self, arguments: Sequence[Value], captured: Sequence[Value] = ()) -> tuple[Value, ...]:
         """Run the graph and return its outputs.
@@ -146,7 +145,9 @@ class Plan:
             formal = tuple(called.inputs)
             function = self._call(called, key, resolve(node, self.bound))
         elif bodies and domain == "" and node.op_type in runtime_control.CONTROL:
-            captured = sorted({name for group in bodies.values() for body in group for name in body.captured()})
+            captured = sorted(
+                {name for group in bodies.values() for body in group for name in body.captured()}
+            )
             plans = {
                 name: Plan(group[0], self.machine, self.bound, captured) for name, group in bodies.items()
             }

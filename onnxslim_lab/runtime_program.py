@@ -84,16 +84,13 @@ class Program:
     loads: tuple[int, ...]
 
 
-def compile_program(
-    steps: Sequence[Step], wanted: Sequence[int], constants: Iterable[int], held: Iterable[int] = ()
-) -> Program:
+def compile_program(steps: Sequence[Step], wanted: Sequence[int], constants: Iterable[int]) -> Program:
     """Return the steps needed for the wanted slots, each with what to load before and free after it.
 
     Args:
         steps: Steps in topological order.
         wanted: Slots whose values stay.
-        constants: Slots that are loaded before their first use.
-        held: Other slots that hold a value from the start: inputs and captured values.
+        constants: Slots that are loaded before their first use, unless something was fed.
     """
     needed = set(wanted)
     kept: list[Step] = []
@@ -107,14 +104,12 @@ def compile_program(
             last.setdefault(slot, step)
     for slot in (*wanted, ABSENT):
         last.pop(slot, None)
-    unloaded = set(constants) - set(held)
+    unloaded = set(constants)
     entries: list[Entry] = []
     for step in reversed(kept):
         loads = tuple(dict.fromkeys(slot for slot in step.inputs if slot in unloaded))
         unloaded.difference_update(loads)
-        frees = tuple(
-            slot for slot in dict.fromkeys((*step.inputs, *step.outputs)) if last.get(slot) is step
-        )
+        frees = tuple(slot for slot in dict.fromkeys((*step.inputs, *step.outputs)) if last.get(slot) is step)
         entries.append((step.function, step.inputs, step.attributes, step.outputs, loads, frees, step))
     return Program(tuple(entries), tuple(wanted), tuple(slot for slot in wanted if slot in unloaded))
 

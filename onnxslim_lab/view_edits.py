@@ -138,7 +138,12 @@ def slices(editor: SizeEditor, node: NodeProto) -> bool:
     axes = [axis for axis, *_ in bounds]
     columns = list(zip(*bounds, strict=True))
     known = [[item for item in column if isinstance(item, int)] for column in columns]
-    if None in parts or len(set(axes)) < len(axes) or any(len(column) < len(axes) for column in known):
+    if (
+        not bounds
+        or None in parts
+        or len(set(axes)) < len(axes)
+        or any(len(column) < len(axes) for column in known)
+    ):
         return False
     inputs = [first.input[0], *(editor.constant(known[index]) for index in (1, 2, 0, 3))]
     editor.exchange(node, "Slice", inputs, "two Slices became one")

@@ -165,6 +165,19 @@ def test_a_chain_of_ten_thousand_nodes_in_any_order():
     assert [node.output[0] for node in loaded.nodes] == [f"v{i + 1}" for i in range(count)]
 
 
+def test_graphsurgeon_there_and_back():
+    import onnx_graphsurgeon
+
+    graph = Graph.parse(BRANCHES)
+    surgeon = graph.to_graphsurgeon()
+    assert isinstance(surgeon, onnx_graphsurgeon.Graph)
+    back = Graph.from_graphsurgeon(surgeon)
+    assert [node.op_type for part in back.walk() for node in part.nodes] == [
+        node.op_type for part in graph.walk() for node in part.nodes
+    ]
+    assert back.constant("w").tolist() == [1, 2, 3, 4]
+
+
 def test_attribute_reads_strings_and_defaults():
     node = helper.make_node("Pad", ["x"], ["y"], mode="edge")
     assert attribute(node, "mode") == "edge"

@@ -65,6 +65,10 @@ def interface(graph):
     )
 
 
+def domains(graph):
+    return {node.domain for part in graph.walk() for node in part.nodes} | {""}
+
+
 def inputs(model):
     fixed = {tensor.name for tensor in model.graph.initializer}
     fixed |= {name for node in model.graph.node for name in node.output}
@@ -81,6 +85,7 @@ def test_simplify_and_encode_keep_what_the_model_computes(name, zoo, zoo_feeds, 
         assert node_count(graph) <= FEWEST[name]
     Encode().run(graph, Context())
     check_model(graph)
+    assert domains(graph) <= domains(original)
     saved = graph.save(tmp_path / "out.onnx")
     assert saved.total_bytes <= path.stat().st_size
     if original.ir_version >= 4:

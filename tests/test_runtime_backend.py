@@ -1,0 +1,152 @@
+"""The NumPy runtime on the official backend tests of ONNX: kinds node, simple and pytorch."""
+
+import functools
+import re
+import warnings
+from pathlib import Path
+
+import ml_dtypes  # noqa: F401 - gives numpy the names of the small types
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+from onnx.backend.test.loader import load_model_tests
+
+from onnxslim_lab.graph import Graph
+from onnxslim_lab.runtime import Interpreter
+
+PARTS = 8
+KINDS = ("node", "simple", "pytorch-converted", "pytorch-operator")
+NEEDED = 1960
+
+IMAGES = "decodes compressed images, which NumPy alone cannot"
+TRAINING = "training preview: gradients and optimizer steps are not inference"
+
+EXCLUDED: dict[str, str] = {}
+"""Cases that are not passed, each with its reason."""
+
+DRAWS: dict[str, str] = {}
+"""Cases whose values are random; they are checked for shape, dtype and distribution."""
+
+
+@functools.cache
+def cases():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return [case for kind in KINDS for case in load_model_tests(kind=kind)]
+
+
+def model_of(case):
+    return case.model or onnx.load(Path(case.model_dir) / "model.onnx")
+
+
+def read(path, kind):
+    """Return a test's value from its file."""
+    data = path.read_bytes()
+    if kind.HasField("sequence_type"):
+        return numpy_helper.to_list(onnx.SequenceProto.FromString(data))
+    if kind.HasField("optional_type"):
+        return numpy_helper.to_optional(onnx.OptionalProto.FromString(data))
+    return numpy_helper.to_array(onnx.TensorProto.FromString(data))
+
+
+def files(folder, stem, values):
+    """Return the values in the files of one data set, in the order of the model's inputs or outputs."""
+    found = sorted(folder.glob(f"{stem}_*.pb"), key=lambda path: int(re.findall(r"\d+", path.name)[-1]))
+    return [read(path, value.type) for path, value in zip(found, values, strict=False)]
+
+
+def data_of(case, model):
+    """Yield (inputs, outputs) of each data set."""
+    held = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in held]
+    if case.data_sets is None:
+        for folder in sorted(Path(case.model_dir).glob("test_data_set_*")):
+            yield files(folder, "input", inputs), files(folder, "output", model.graph.output)
+    else:
+        for given, wanted in case.data_sets:
+            yield [settle(value) for value in given], [settle(value) for value in wanted]
+
+
+def settle(value):
+    """Return what a test holds as a value of the runtime."""
+    if isinstance(value, onnx.TensorProto):
+        return numpy_helper.to_array(value)
+    if isinstance(value, onnx.SequenceProto):
+        return numpy_helper.to_list(value)
+    if isinstance(value, onnx.OptionalProto):
+        return numpy_helper.to_optional(value)
+    if value is None or isinstance(value, dict):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [settle(item) for item in value]
+    return np.asarray(value)
+
+
+def run(case):
+    """Yield (outputs wanted, outputs computed) of each data set."""
+    model = model_of(case)
+    graph = Graph.load(model)
+    interpreter = Interpreter(graph)
+    for given, wanted in data_of(case, model):
+        results = interpreter.run(dict(zip(graph.input_types(), given, strict=False)))
+        assert list(results) == graph.outputs
+        yield wanted, list(results.values())
+
+
+def check(want, have, case):
+    """Assert that a value is the one wanted."""
+    if want is None or isinstance(want, (list, dict)):
+        assert type(have) is type(want)
+        keys = range(len(want)) if isinstance(want, list) else want or ()
+        assert want is None or len(have) == len(want)
+        for key in keys:
+            check(np.asarray(want[key]) if isinstance(want, dict) else want[key], have[key], case)
+        return
+    have = np.asarray(have)
+    assert have.shape == want.shape, f"shape {have.shape} is not {want.shape}"
+    if want.dtype == object or want.dtype.kind in "US":
+        assert have.dtype == object
+        decoded = [text.decode() if isinstance(text, bytes) else text for text in want.reshape(-1).tolist()]
+        assert have.reshape(-1).tolist() == decoded
+        return
+    assert have.dtype == want.dtype, f"dtype {have.dtype} is not {want.dtype}"
+    if want.dtype.kind == "V" or want.dtype.name not in np.sctypeDict:
+        have, want = have.astype(np.float32), want.astype(np.float32)
+    np.testing.assert_allclose(have, want, rtol=case.rtol, atol=case.atol)
+
+
+def problem_of(case):
+    """Return what is wrong with a case, "" when nothing is."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for wanted, results in run(case):
+                assert len(wanted) == len(results)
+                for want, have in zip(wanted, results, strict=True):
+                    check(want, have, case)
+    except Exception as error:  # noqa: BLE001 - every case is run, then all that failed are shown
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return ""
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_official_cases(part):
+    wrong, passing = [], []
+    for case in cases()[part::PARTS]:
+        if case.name in DRAWS:
+            continue
+        problem = problem_of(case)
+        if case.name in EXCLUDED:
+            if not problem:
+                passing.append(case.name)
+        elif problem:
+            wrong.append(f"{case.name}: {problem}")
+    assert not wrong, "\n".join(wrong)
+    assert not passing, f"passed, though excluded: {passing}"
+
+
+def test_enough_cases_are_passed():
+    names = {case.name for case in cases()}
+    assert names >= EXCLUDED.keys() | DRAWS.keys()
+    assert len(cases()) - len(EXCLUDED) - len(DRAWS) >= NEEDED
