@@ -7,17 +7,17 @@ such sums are exact in whatever order they are taken.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from onnxslim_lab.kernels.cast import cast
+from onnxslim_lab.kernels.conv import check, convolve
 from onnxslim_lab.kernels.dtypes import is_integer, limits
 from onnxslim_lab.kernels.registry import Array, kernel
+from onnxslim_lab.kernels.windows import Ints, slide
 
 FLOAT32_EXACT = 1 << 24
-DIRECT_CHANNELS = 4  # groups with fewer channels than this are accumulated tap by tap
 
 
 def centred(x: Array, zero_point: Array | None, axis: int | None = None) -> Array:
@@ -57,121 +57,29 @@ def integer_matmul(left: Array, right: Array) -> Array:
     return np.asarray(np.matmul(left.astype(dtype), right.astype(dtype))).astype(np.int64)
 
 
-def geometry(
-    lengths: Sequence[int],
-    kernel_lengths: Sequence[int],
-    auto_pad: str,
-    pads: Sequence[int] | None,
-    strides: Sequence[int],
-    dilations: Sequence[int],
-) -> tuple[list[tuple[int, int]], list[int]]:
-    """Return the padding before and after every spatial axis and the lengths of the result.
-
-    Raises:
-        ValueError: `auto_pad` is unknown or the window does not fit.
-
-    >>> geometry([5], [3], "SAME_UPPER", None, [2], [1])
-    ([(1, 1)], [3])
-    """
-    rank = len(lengths)
-    spans = [(size - 1) * step + 1 for size, step in zip(kernel_lengths, dilations, strict=True)]
-    if auto_pad in {"SAME_UPPER", "SAME_LOWER"}:
-        around = []
-        for length, span, stride in zip(lengths, spans, strides, strict=True):
-            total = max((-(-length // stride) - 1) * stride + span - length, 0)
-            small = total // 2
-            around.append((small, total - small) if auto_pad == "SAME_UPPER" else (total - small, small))
-    elif auto_pad == "NOTSET" and pads:
-        around = [(pads[axis], pads[axis + rank]) for axis in range(rank)]
-    elif auto_pad in {"NOTSET", "VALID"}:
-        around = [(0, 0)] * rank
-    else:
-        raise ValueError(f"auto_pad {auto_pad!r} is not NOTSET, SAME_UPPER, SAME_LOWER or VALID")
-    sizes = [
-        (length + before + after - span) // stride + 1
-        for length, span, stride, (before, after) in zip(lengths, spans, strides, around, strict=True)
-    ]
-    if any(size < 0 for size in sizes):
-        raise ValueError(f"a window of {spans} does not fit {list(lengths)} with pads {around}")
-    return around, sizes
-
-
-def taps(
-    padded: Array, kernel_lengths: Sequence[int], strides: Sequence[int], dilations: Sequence[int]
-) -> list[Array]:
-    """Return for every position in the window the view of what it sees: (N, C, *padded) -> (N, C, *out)."""
-    spatial = padded.shape[2:]
-    views = []
-    for place in np.ndindex(*kernel_lengths):
-        window = [slice(None), slice(None)]
-        for offset, size, length, stride, step in zip(
-            place, kernel_lengths, spatial, strides, dilations, strict=True
-        ):
-            count = (length - (size - 1) * step - 1) // stride + 1
-            window.append(slice(offset * step, offset * step + (count - 1) * stride + 1, stride))
-        views.append(padded[tuple(window)])
-    return views
-
-
 def integer_conv(
+    op_type: str,
     x: Array,
     w: Array,
     *,
     auto_pad: str,
-    dilations: Sequence[int] | None,
+    dilations: Ints | None,
     group: int,
-    kernel_shape: Sequence[int] | None,
-    pads: Sequence[int] | None,
-    strides: Sequence[int] | None,
+    kernel_shape: Ints | None,
+    pads: Ints | None,
+    strides: Ints | None,
 ) -> Array:
     """Return the exact convolution of centred integers, int64: padding counts as zero.
 
-    Args:
-        x: Centred input (N, C, *spatial).
-        w: Centred weights (M, C / group, *kernel).
-        auto_pad, dilations, group, kernel_shape, pads, strides: As Conv has them.
+    Takes the input (N, C, ...), the weights (M, C / group, ...) and the attributes of Conv.
 
     Raises:
         ValueError: The shapes do not fit.
     """
-    rank = x.ndim - 2
-    size = list(w.shape[2:])
-    if kernel_shape is not None and list(kernel_shape) != size:
-        raise ValueError(f"kernel_shape {list(kernel_shape)} is not that of the weights, {size}")
-    if w.ndim != x.ndim or w.shape[1] * group != x.shape[1] or w.shape[0] % group:
-        raise ValueError(f"weights {w.shape} in {group} groups do not fit an input {x.shape}")
-    steps, spread = list(strides or [1] * rank), list(dilations or [1] * rank)
-    around, out = geometry(x.shape[2:], size, auto_pad, pads, steps, spread)
-    batch, filters, inside = x.shape[0], w.shape[0], w.shape[1]
-    depth = inside * math.prod(size)
-    dtype = carrier(x, w, depth)
-    padded = np.pad(x.astype(dtype), [(0, 0), (0, 0), *around])
-    views = taps(padded, size, steps, spread)
-    weights = w.astype(dtype)
-    if inside < DIRECT_CHANNELS and group > 1:
-        return _direct(views, weights, group, (batch, filters, *out))
-    matrix = weights.reshape(group, filters // group, depth)
-    result = np.empty((batch, filters, math.prod(out)), np.int64)
-    for row in range(batch):  # one image at a time: its columns fit the memory, all may not
-        columns = np.stack([view[row].reshape(group, inside, -1) for view in views], axis=2)
-        product = np.matmul(matrix, columns.reshape(group, depth, -1))
-        result[row] = product.reshape(filters, -1)
-    return result.reshape(batch, filters, *out)
-
-
-def _direct(views: list[Array], weights: Array, group: int, shape: tuple[int, ...]) -> Array:
-    """Return the convolution of small groups, such as depthwise ones, summed over window positions."""
-    batch, filters, *out = shape
-    inside = weights.shape[1]
-    flat = weights.reshape(group, filters // group, inside, -1)
-    total = np.zeros((batch, group, filters // group, *out), weights.dtype)
-    ones = (1,) * len(out)
-    for place, view in enumerate(views):
-        seen = view.reshape(batch, group, inside, *out)
-        for channel in range(inside):
-            factor = flat[:, :, channel, place].reshape(1, group, -1, *ones)
-            total += seen[:, :, channel][:, :, None] * factor
-    return total.reshape(shape).astype(np.int64)
+    check(op_type, x, w, None, group, kernel_shape)
+    window = slide(op_type, x.shape[2:], w.shape[2:], strides, dilations, pads, auto_pad)
+    dtype = carrier(x, w, math.prod(w.shape[1:]))
+    return convolve(x.astype(dtype), w.astype(dtype), None, window, group).astype(np.int64)
 
 
 def requantized(accumulated: Array, scale: Array, zero_point: Array | None, dtype: np.dtype[Any]) -> Array:
@@ -200,14 +108,15 @@ def ConvInteger(
     w_zero_point: Array | None = None,
     *,
     auto_pad: str = "NOTSET",
-    dilations: Sequence[int] | None = None,
+    dilations: Ints | None = None,
     group: int = 1,
-    kernel_shape: Sequence[int] | None = None,
-    pads: Sequence[int] | None = None,
-    strides: Sequence[int] | None = None,
+    kernel_shape: Ints | None = None,
+    pads: Ints | None = None,
+    strides: Ints | None = None,
 ) -> Array:
     """Return the convolution of the centred integers in int32; padding means x_zero_point."""
     return integer_conv(
+        "ConvInteger",
         centred(x, x_zero_point),
         centred(w, w_zero_point, 0),
         auto_pad=auto_pad,
@@ -232,14 +141,15 @@ def QLinearConv(
     B: Array | None = None,
     *,
     auto_pad: str = "NOTSET",
-    dilations: Sequence[int] | None = None,
+    dilations: Ints | None = None,
     group: int = 1,
-    kernel_shape: Sequence[int] | None = None,
-    pads: Sequence[int] | None = None,
-    strides: Sequence[int] | None = None,
+    kernel_shape: Ints | None = None,
+    pads: Ints | None = None,
+    strides: Ints | None = None,
 ) -> Array:
     """Return the quantized convolution; scale and zero point of the weights also per filter, B in int32."""
     total = integer_conv(
+        "QLinearConv",
         centred(x, x_zero_point),
         centred(w, w_zero_point, 0),
         auto_pad=auto_pad,

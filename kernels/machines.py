@@ -64,7 +64,7 @@ def LinearClassifier(
     if len(classlabels_strings or classlabels_ints or ()) != 2:
         found = place if not classlabels_strings else np.where(place > 0, "1", "0").astype(object)
         return found, transformed(scores, post_transform)
-    result = two_classes(scores, post_transform, probability=post_transform in {"NONE", "SOFTMAX_ZERO"})
+    result = two_classes(scores, post_transform, probability=True)
     return labels_at(place, classlabels_ints, classlabels_strings), result
 
 

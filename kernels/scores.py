@@ -50,18 +50,19 @@ def transformed(scores: Array, post_transform: str) -> Array:
 
 
 def two_classes(score: Array, post_transform: str, *, probability: bool) -> Array:
-    """Return the scores of both classes, (N, 2), from that of the second one.
+    """Return the scores of both classes, (N, 2), from that of the second one, as onnxruntime does.
+
+    LOGISTIC and PROBIT apply to both; the other transforms do not apply to a single score.
 
     Args:
         score: (N, 1).
         post_transform: What is done with them.
         probability: The score is a probability: the other one is 1 less it, not its negative.
     """
-    if post_transform == "PROBIT":
-        return transformed(score, post_transform)
-    if probability:
-        return np.concatenate((1 - score, score), 1)
-    return transformed(np.concatenate((-score, score), 1), post_transform)
+    if post_transform == "LOGISTIC":
+        return Sigmoid(np.concatenate((-score, score), 1))
+    pair = np.concatenate((1 - score if probability else -score, score), 1)
+    return transformed(pair, "PROBIT") if post_transform == "PROBIT" else pair
 
 
 def labels_at(place: Array, ints: Sequence[int] | None, strings: Sequence[str] | None) -> Array:

@@ -104,8 +104,8 @@ def TreeEnsembleClassifier_3(
 ) -> tuple[Array, Array]:
     """Return the labels and the scores of every class: sums of the leaves' weights plus base values.
 
-    Of two classes only one may have weights: it scores the second class, a probability above 0.5 when no
-    weight is negative, else a number above 0.
+    Of two classes only one may have weights. They score the second class, whichever is named, which is
+    chosen above 0.5 when no weight is negative, else above 0.
     """
     splits = numbers("TreeEnsembleClassifier", nodes_values, nodes_values_as_tensor)
     weights = numbers("TreeEnsembleClassifier", class_weights, class_weights_as_tensor)
@@ -122,18 +122,22 @@ def TreeEnsembleClassifier_3(
     votes = {"treeids": class_treeids, "nodeids": class_nodeids, "ids": class_ids}
     forest = grown(nodes, votes, splits, weights)
     labels = classlabels_strings or classlabels_int64s or ()
-    rows = compared(X)
-    total, _ = forest.votes(rows, max(len(labels), int(forest.targets.max(initial=0)) + 1), "SUM")
-    if len(labels) > 2 or len(np.unique(forest.targets)) > 1:
+    count = max(len(labels), int(forest.targets.max(initial=0)) + 1)
+    total, _ = forest.votes(compared(X), count, "SUM")
+    alone = len(labels) == 2 and len(base) < 2 and len(np.unique(forest.targets)) == 1
+    if not alone:
         scores = total + base if len(base) else total
-        place = scores.argmax(1)
-        found = labels_at(place, classlabels_int64s, classlabels_strings)
+        found = labels_at(scores.argmax(1), classlabels_int64s, classlabels_strings)
         return found, transformed(scores.astype(np.float32), post_transform)
-    score = total[:, forest.targets[:1]] + (base[-1] if len(base) else 0)
+    column = int(forest.targets[0])
+    if len(base):
+        total[:, column] += base[0]
     positive = bool((weights >= 0).all())
-    place = (score[:, 0] > (0.5 if positive else 0)).astype(np.int64)
+    place = (total[:, column] > (0.5 if positive else 0)).astype(np.int64)
     found = labels_at(place, classlabels_int64s, classlabels_strings)
-    return found, two_classes(score.astype(np.float32), post_transform, probability=positive)
+    if column:
+        return found, transformed(total.astype(np.float32), post_transform)
+    return found, two_classes(total[:, :1].astype(np.float32), post_transform, probability=positive)
 
 
 @kernel("TreeEnsembleRegressor", since=1, domain=ML)

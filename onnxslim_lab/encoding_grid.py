@@ -63,8 +63,8 @@ def find_scale(values: Array) -> np.float32 | None:
     top = np.abs(values).max(initial=np.float32(0))
     if not top:
         return np.float32(1) if not bit_view(values).any() else None
-    if not np.isfinite(top):
-        return None
+    if not np.isfinite(top) or (np.signbit(values) & (values == 0)).any():
+        return None  # an integer has no negative zero
     exact = (top / np.arange(1, _LEVELS + 1, dtype=np.float64)).astype(np.float32)
     scales = (exact.view(np.int32)[:, None] + _ULPS.astype(np.int32)).reshape(-1).view(np.float32)
     scales = scales[(scales > 0) & np.isfinite(scales)]

@@ -13,14 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from onnx import ModelProto
+from onnx import ModelProto, NodeProto
 
 from onnxslim_lab._messages import Value
 from onnxslim_lab.errors import ParameterError, quote, suggest
 from onnxslim_lab.graph import Graph
 from onnxslim_lab.model_inputs import check_feed, model_inputs
 from onnxslim_lab.runtime_plan import Machine, Plan
-from onnxslim_lab.runtime_program import Hook, Program, Step, Watch
+from onnxslim_lab.runtime_program import UNUSED, Hook, Program, Step, Watch, label
 from onnxslim_lab.runtime_support import Missing, require
 from onnxslim_lab.runtime_support import supports as _supports
 
@@ -105,6 +105,35 @@ class Interpreter:
         values = self._run(feeds, outputs, None, watch)
         return Run(values, watch.peak)
 
+    def reads(self, node: NodeProto) -> list[str]:
+        """Return the values that a node of the main graph reads, what its bodies capture included."""
+        step = next(step for step in self._plan.steps if step.node is node)
+        return [name for name in self._names(step.inputs) if name]
+
+    def compute(self, node: NodeProto, values: Mapping[str, Value]) -> dict[str, Value]:
+        """Compute one node of the main graph from given values of its inputs; constants need not be given.
+
+        Raises:
+            ParameterError: An input is neither given nor constant.
+            RunError: It cannot be computed.
+        """
+        step = next(step for step in self._plan.steps if step.node is node)
+        for name in self._names(step.inputs):
+            if name and name not in values and self._plan.slots[name] not in self._plan.constants:
+                raise ParameterError(f"value {quote(name)} is needed to compute {label(node)}")
+        names = [name for name in node.output if name]
+        held = self._plan.template.copy()
+        for name, value in values.items():
+            if name in self._plan.slots:
+                held[self._plan.slots[name]] = value
+        with np.errstate(all="ignore"):
+            self._plan.execute(self._plan.compile([self._plan.slots[name] for name in names], [step]), held)
+        return {name: held[self._plan.slots[name]] for name in names}
+
+    def _names(self, slots: Sequence[int]) -> list[str]:
+        by_slot = {slot: name for name, slot in self._plan.slots.items()}
+        return [by_slot[slot] for slot in slots]
+
     def _run(
         self,
         feeds: Mapping[str, Value],
@@ -147,6 +176,10 @@ class Interpreter:
             steps: Sequence[Step] = plan.steps
             if until is not None:
                 steps = steps[: self._position(until) + 1]
+                later = {slot for step in plan.steps[len(steps) :] for slot in step.outputs}
+                for name in names:
+                    if plan.slots[name] in later - {UNUSED}:
+                        raise ParameterError(f"value {quote(name)} is made after node {quote(until)}")
             self._programs[key] = plan.compile([plan.slots[name] for name in names], steps)
         return names, self._programs[key]
 

@@ -133,11 +133,11 @@ def _scan_batches(body: Body, attributes: Attributes, count: int, scanned: int) 
         ]
         batch, longest = sources[0].shape[:2]
         lengths = [longest] * batch if arguments[0] is None else arguments[0].tolist()
-        states: list[list[Value]] = []
-        outputs: list[list[Array]] = []
+        states: list[list[Any]] = []
+        outputs: list[list[Any]] = []
         kinds = [body.graph.output_types()[name] for name in body.graph.outputs[carried:]]
         for item, length in enumerate(lengths):
-            state = [np.asarray(value[item]) for value in arguments[1 : 1 + carried]]
+            state: list[Value] = [np.asarray(value[item]) for value in arguments[1 : 1 + carried]]
             parts = [
                 source[item][longest - length :] if flag else source[item][:length]
                 for source, flag in zip(sources, backwards, strict=True)

@@ -21,7 +21,7 @@ Schema = Any  # onnx.defs.OpSchema, which has no type stubs for what is used her
 def schema_of(node: NodeProto, graph: Graph) -> Schema | None:
     """Return the schema of a node's operator when it gives a function body, else None."""
     try:
-        schema = onnx.defs.get_schema(node.op_type, graph.opset(node.domain), domain_of(node.domain))
+        schema: Schema = onnx.defs.get_schema(node.op_type, graph.opset(node.domain), domain_of(node.domain))
     except onnx.defs.SchemaError:
         return None
     return schema if schema.has_function or schema.has_context_dependent_function else None

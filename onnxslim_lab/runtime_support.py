@@ -44,7 +44,23 @@ def supports(graph: Graph) -> list[Missing]:
     Bodies and local functions count. An operator whose body in the specification depends on the types
     of its inputs is looked at with the types that inference gives, float32 where it gives none.
     """
-    return [missing for part in graph.walk() for missing in _missing(part, 0)]
+    return [missing for part in _reachable(graph) for missing in _missing(part, 0)]
+
+
+def _reachable(graph: Graph) -> Iterator[Graph]:
+    """Yield the main graph, its bodies, and the functions that are called from these and from functions."""
+    waiting, seen = [graph], {id(graph)}
+    while waiting:
+        top = waiting.pop(0)
+        for part in top.walk():
+            if part.root is not top:
+                continue  # a function: only when it is called
+            yield part
+            for node in part.nodes:
+                called = graph.functions.get((domain_of(node.domain), node.op_type, node.overload))
+                if called is not None and id(called) not in seen:
+                    seen.add(id(called))
+                    waiting.append(called)
 
 
 def require(graph: Graph) -> None:

@@ -20,6 +20,9 @@ Dim = int | str | None
 FunctionKey = tuple[str, str, str]
 
 INTEGERS = (TensorProto.INT32, TensorProto.INT64)
+_OPAQUE = "onnxslim_lab.opaque"
+_MAKERS = ("Range", "ConstantOfShape", "Expand", "Tile")  # what makes long vectors from short ones
+_LONG = 1 << 16  # elements
 MOST_ELEMENTS = 64
 MOST_CALLS = 50_000  # nodes of local functions, counted at every call; onnx expands each call
 
@@ -40,16 +43,61 @@ def infer(light: ModelProto) -> ModelProto:
     if not _bounded(model):
         model.ClearField("functions")
     _forget(model.graph, {_key(function) for function in model.functions})
-    result = model
-    for data_prop in (True, False):
-        try:
-            result = shape_inference.infer_shapes(
-                model, check_type=False, strict_mode=False, data_prop=data_prop
-            )
-            break
-        except Exception:  # noqa: BLE001, S112 - inference raises many kinds of errors on odd models
-            continue
-    return result
+    plain = _infer(model, data_prop=False)
+    if plain is None:
+        return model
+    if not _seal_long(model, plain):
+        return plain
+    return _infer(model, data_prop=True) or plain
+
+
+def _infer(model: ModelProto, *, data_prop: bool) -> ModelProto | None:
+    """Return onnx's inference, None when it gives up; it raises many kinds of errors on odd models."""
+    try:
+        return shape_inference.infer_shapes(model, check_type=False, strict_mode=False, data_prop=data_prop)
+    except Exception:  # noqa: BLE001
+        return None
+
+
+def _seal_long(model: ModelProto, plain: ModelProto) -> bool:
+    """Make nodes opaque whose integers onnx must not propagate; return whether it may propagate the rest.
+
+    onnx propagates the values of an integer vector by making all of them, known or not, so that a
+    hundred bytes of model can take all memory. What makes vectors of a length that inference without
+    values does not give, or of a large one, keeps its type only.
+    """
+    known = {value.name: value for graph in _all_graphs(plain.graph) for value in graph.value_info}
+    inputs = [value for graph in _all_graphs(plain.graph) for value in (*graph.input, *graph.output)]
+    sealed = False
+    for graph in _all_graphs(model.graph):
+        for node in graph.node:
+            if node.op_type in _MAKERS and _domain(node.domain) == "":
+                found = known.get(node.output[0])
+                if found is not None and _long(found.type, unknown=True):
+                    kept = graph.value_info.add(name=found.name)
+                    kept.type.tensor_type.elem_type = found.type.tensor_type.elem_type
+                    kept.type.tensor_type.shape.dim.add()
+                    node.domain = _OPAQUE
+                    sealed = True
+                    del known[node.output[0]]
+    for function in model.functions:
+        for node in _all_nodes(function):
+            if node.op_type in _MAKERS and _domain(node.domain) == "":
+                node.domain = _OPAQUE
+                sealed = True
+    if sealed:
+        for imports in (model, *model.functions):
+            imports.opset_import.add(domain=_OPAQUE, version=1)
+    return not any(_long(value.type, unknown=False) for value in (*known.values(), *inputs))
+
+
+def _long(value_type: TypeProto, *, unknown: bool) -> bool:
+    """Whether a type is an integer vector of more than so many elements; `unknown` lengths as asked."""
+    tensor = value_type.tensor_type
+    if tensor.elem_type not in INTEGERS or len(tensor.shape.dim) != 1:
+        return False
+    length = tensor.shape.dim[0]
+    return length.dim_value > _LONG if length.HasField("dim_value") else unknown
 
 
 def shape_from_type(value_type: TypeProto) -> tuple[Dim, ...] | None:
@@ -141,6 +189,12 @@ def _bodies(graph: GraphProto) -> Iterator[tuple[NodeProto, GraphProto]]:
                 yield node, item.g
             for body in item.graphs:
                 yield node, body
+
+
+def _all_graphs(graph: GraphProto) -> Iterator[GraphProto]:
+    yield graph
+    for _, body in _bodies(graph):
+        yield from _all_graphs(body)
 
 
 def _domain(domain: str) -> str:

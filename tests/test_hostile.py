@@ -100,6 +100,20 @@ GREEDY = {
         ],
         tensors=[ints("n", [10**10])],
     ),
+    "long integers": helper.make_model(
+        helper.make_graph(
+            [
+                node("Cast", ["i"], ["j"], to=7),
+                node("Add", ["j", "j"], ["k"]),
+                node("Cast", ["k"], ["y"], to=1),
+            ],
+            "g",
+            [helper.make_tensor_value_info("i", TensorProto.INT64, [10**12])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, [10**12])],
+        ),
+        opset_imports=[helper.make_opsetid("", 17)],
+        ir_version=8,
+    ),
     "wrong opset": model([node("Relu", ["x"], ["y"])], opset=9999),
     "zero-size tensor": model(
         [node("Concat", ["x", "w"], ["y"], axis=0)], tensors=[helper.make_tensor("w", 1, [0], [])]

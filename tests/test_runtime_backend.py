@@ -25,8 +25,19 @@ TRAINING = "training preview: gradients and optimizer steps are not inference"
 EXCLUDED: dict[str, str] = {}
 """Cases that are not passed, each with its reason."""
 
-DRAWS: dict[str, str] = {}
-"""Cases whose values are random; they are checked for shape, dtype and distribution."""
+DRAWS = (
+    "test_bernoulli",
+    "test_bernoulli_double",
+    "test_bernoulli_double_expanded",
+    "test_bernoulli_expanded",
+    "test_bernoulli_seed",
+    "test_bernoulli_seed_expanded",
+    "test_training_dropout",
+    "test_training_dropout_default",
+    "test_training_dropout_default_mask",
+    "test_training_dropout_mask",
+)
+"""Cases whose values are random draws; they are checked for shape, dtype and distribution."""
 
 
 @functools.cache
@@ -148,5 +159,37 @@ def test_official_cases(part):
 
 def test_enough_cases_are_passed():
     names = {case.name for case in cases()}
-    assert names >= EXCLUDED.keys() | DRAWS.keys()
+    assert names >= EXCLUDED.keys() | set(DRAWS)
     assert len(cases()) - len(EXCLUDED) - len(DRAWS) >= NEEDED
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_random_draws(name):
+    (case,) = (case for case in cases() if case.name == name)
+    for wanted, results in run(case):
+        for want, have in zip(wanted, results, strict=True):
+            assert (have.shape, have.dtype) == (want.shape, want.dtype)
+    model = onnx.ModelProto()
+    model.CopyFrom(model_of(case))
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        value.type.tensor_type.ClearField("shape")
+    given, _ = next(data_of(case, model))
+    x = np.random.default_rng(20_000).uniform(0, 1, 40_000).astype(given[0].dtype)
+    graph = Graph.load(model)
+    results = Interpreter(graph).run(dict(zip(graph.input_types(), [x, *given[1:]], strict=False)))
+    drawn = next(iter(results.values()))
+    if "bernoulli" in name:
+        assert set(np.unique(drawn).tolist()) == {0, 1}
+        if name.endswith("expanded"):  # the specification's body draws ones where random > x
+            drawn = 1 - drawn
+        for low in (0.0, 0.25, 0.5, 0.75):  # the fraction of ones is the probability given, within 5 sigma
+            part = (x >= low) & (x < low + 0.25)
+            assert abs(drawn[part].mean() - x[part].mean()) < 5 * 0.5 / np.sqrt(part.sum())
+    else:
+        ratio = float(given[1]) if len(given) > 1 and given[1].dtype.kind == "f" else 0.5
+        kept = drawn != 0
+        assert abs(kept.mean() - (1 - ratio)) < 5 * 0.5 / np.sqrt(x.size)
+        assert abs(np.corrcoef(kept[:-1], kept[1:])[0, 1]) < 5 / np.sqrt(x.size)
+        np.testing.assert_allclose(drawn[kept], x[kept] / (1 - ratio), rtol=1e-6)
+        for mask in list(results.values())[1:]:
+            assert np.array_equal(mask, kept)

@@ -1,0 +1,363 @@
+"""Integer, machine learning, text, signal and com.microsoft kernels against onnxruntime."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+from onnxslim_lab.kernels import lookup, random_draws, run
+from onnxslim_lab.kernels.dtypes import NUMBERS
+
+ML, MS = "ai.onnx.ml", "com.microsoft"
+OPSETS = {"": 21, ML: 5, MS: 1}
+
+
+def tensor_type(value):
+    return TensorProto.STRING if value.dtype.kind in "OU" else NUMBERS[value.dtype]
+
+
+def both(op_type, inputs, attributes=None, outputs=1, domain="", opset=None):
+    """Return the outputs of onnxruntime and of the kernel for a model of one node."""
+    attributes = attributes or {}
+    opset = opset or OPSETS[domain]
+    inputs = [None if value is None else np.asarray(value) for value in inputs]
+    names = ["" if value is None else f"i{k}" for k, value in enumerate(inputs)]
+    results = [f"o{k}" for k in range(outputs)]
+    given_values = {name: value for name, value in zip(names, inputs, strict=True) if name}
+    wrapped = {
+        name: numpy_helper.from_array(value) if isinstance(value, np.ndarray) else value
+        for name, value in attributes.items()
+    }
+    node = helper.make_node(op_type, names, results, domain=domain, **wrapped)
+    declared = [
+        helper.make_tensor_value_info(name, tensor_type(value), list(value.shape))
+        for name, value in given_values.items()
+    ]
+    graph = helper.make_graph([node], "g", declared, [onnx.ValueInfoProto(name=name) for name in results])
+    opsets = [helper.make_opsetid("", 21)] + [helper.make_opsetid(domain, opset)] * bool(domain)
+    if not domain:
+        opsets = [helper.make_opsetid("", opset)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+    want = session.run(None, given_values)
+    have = run(lookup(op_type, domain, opset), inputs, attributes, outputs)
+    return want, have[:outputs]
+
+
+def check(
+    op_type, inputs, attributes=None, *, outputs=1, domain="", opset=None, rtol=1e-5, atol=1e-6, steps=0
+):
+    want, have = both(op_type, inputs, attributes, outputs, domain, opset)
+    for wanted, got in zip(want, have, strict=True):
+        assert got.shape == wanted.shape
+        if wanted.dtype == object or wanted.dtype.kind == "U":
+            assert got.tolist() == wanted.tolist()
+        elif wanted.dtype.kind in "iub":
+            assert got.dtype == wanted.dtype
+            assert np.abs(got.astype(np.int64) - wanted.astype(np.int64)).max(initial=0) <= steps
+        else:
+            assert got.dtype == wanted.dtype
+            np.testing.assert_allclose(
+                got.astype(np.float64), wanted.astype(np.float64), rtol=rtol, atol=atol
+            )
+
+
+SEEDS = st.integers(0, 2**32 - 1)
+quick = settings(max_examples=20, deadline=None)
+TRANSFORMS = ["NONE", "SOFTMAX", "LOGISTIC", "SOFTMAX_ZERO"]
+
+
+@quick
+@given(SEEDS, st.sampled_from(TRANSFORMS), st.sampled_from([1, 2, 3]), st.booleans())
+def test_linear_models(seed, post_transform, classes, names):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(5, 4)).astype(np.float32)
+    coefficients = rng.normal(size=classes * 4).astype(np.float32).tolist()
+    intercepts = rng.normal(size=classes).astype(np.float32).tolist()
+    attributes = {"coefficients": coefficients, "intercepts": intercepts, "post_transform": post_transform}
+    labels = max(classes, 2)
+    if names:
+        attributes["classlabels_strings"] = [f"c{k}" for k in range(labels)]
+    else:
+        attributes["classlabels_ints"] = list(range(10, 10 + labels))
+    check("LinearClassifier", [x], attributes, outputs=2, domain=ML, opset=1)
+    regression = {"coefficients": coefficients, "intercepts": intercepts, "targets": classes}
+    check("LinearRegressor", [x], regression, domain=ML, opset=1)
+
+
+def machine(rng, classes, kernel_type, *, probabilities):
+    per_class = rng.integers(1, 4, classes).tolist()
+    vectors = sum(per_class)
+    pairs = classes * (classes - 1) // 2
+    attributes = {
+        "classlabels_ints": list(range(classes)),
+        "coefficients": rng.normal(size=(classes - 1) * vectors).astype(np.float32).tolist(),
+        "kernel_params": [0.3, 0.1, 2.0],
+        "kernel_type": kernel_type,
+        "rho": rng.normal(size=pairs).astype(np.float32).tolist(),
+        "support_vectors": rng.normal(size=vectors * 3).astype(np.float32).tolist(),
+        "vectors_per_class": per_class,
+    }
+    if probabilities:
+        attributes["prob_a"] = rng.normal(size=pairs).astype(np.float32).tolist()
+        attributes["prob_b"] = rng.normal(size=pairs).astype(np.float32).tolist()
+    return attributes
+
+
+@quick
+@given(
+    SEEDS,
+    st.integers(2, 4),
+    st.sampled_from(["LINEAR", "POLY", "RBF", "SIGMOID"]),
+    st.booleans(),
+    st.sampled_from(TRANSFORMS),
+)
+def test_support_vector_classifier(seed, classes, kernel_type, probabilities, post_transform):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(5, 3)).astype(np.float32)
+    attributes = machine(rng, classes, kernel_type, probabilities=probabilities)
+    attributes["post_transform"] = post_transform
+    check("SVMClassifier", [x], attributes, outputs=2, domain=ML, opset=1, rtol=1e-3, atol=1e-4)
+
+
+@quick
+@given(
+    SEEDS, st.sampled_from(["LINEAR", "POLY", "RBF", "SIGMOID"]), st.integers(0, 1), st.sampled_from([0, 4])
+)
+def test_support_vector_regressor(seed, kernel_type, one_class, supports):
+    rng = np.random.default_rng(seed)
+    attributes = {
+        "coefficients": rng.normal(size=supports or 3).astype(np.float32).tolist(),
+        "kernel_params": [0.3, 0.1, 2.0],
+        "kernel_type": kernel_type if supports else "LINEAR",
+        "n_supports": supports,
+        "one_class": one_class,
+        "rho": [float(np.float32(rng.normal()))],
+    }
+    if supports:
+        attributes["support_vectors"] = rng.normal(size=supports * 3).astype(np.float32).tolist()
+    check(
+        "SVMRegressor",
+        [rng.normal(size=(5, 3)).astype(np.float32)],
+        attributes,
+        domain=ML,
+        opset=1,
+        atol=1e-5,
+    )
+
+
+MODES = ["BRANCH_LEQ", "BRANCH_LT", "BRANCH_GTE", "BRANCH_GT", "BRANCH_EQ", "BRANCH_NEQ"]
+
+
+def forest(rng, trees, targets, *, mixed, kind, positive=False, several=False):
+    """Return random node and leaf attributes: trees of depth up to 3 with numbers drawn from few values."""
+    nodes = {name: [] for name in "treeids nodeids modes values truenodeids falsenodeids featureids".split()}
+    nodes["missing_value_tracks_true"] = []
+    votes = {name: [] for name in ("treeids", "nodeids", "ids", "weights")}
+    for tree in range(trees):
+        pending, count = [(0, 0)], 1
+        while pending:
+            node, depth = pending.pop()
+            leaf = depth == 3 or (depth > 0 and rng.random() < 0.3)
+            values = {"treeids": tree, "nodeids": node, "featureids": int(rng.integers(3))}
+            values["values"] = 0.0 if leaf else float(rng.integers(-2, 3)) / 2
+            values["modes"] = "LEAF" if leaf else str(rng.choice(MODES)) if mixed else "BRANCH_LEQ"
+            values["missing_value_tracks_true"] = int(rng.integers(2)) if not leaf else 0
+            values["truenodeids"], values["falsenodeids"] = (0, 0) if leaf else (count, count + 1)
+            if not leaf:
+                pending += [(count, depth + 1), (count + 1, depth + 1)]
+                count += 2
+            for name, value in values.items():
+                nodes[name].append(value)
+            if leaf:
+                for target in range(targets) if several else [int(rng.integers(targets))]:
+                    weight = float(np.float32(rng.random() if positive else rng.normal()))
+                    for name, value in zip(votes, (tree, node, target, weight), strict=True):
+                        votes[name].append(value)
+    return {f"nodes_{name}": value for name, value in nodes.items()} | {
+        f"{kind}_{name}": value for name, value in votes.items()
+    }
+
+
+def samples(rng, dtype=np.float32):
+    x = (rng.integers(-3, 4, size=(9, 3)) / 2).astype(dtype)
+    x[0, 0] = np.nan
+    return x
+
+
+@quick
+@given(
+    SEEDS, st.sampled_from(["SUM", "AVERAGE", "MIN", "MAX"]), st.booleans(), st.integers(1, 3), st.booleans()
+)
+def test_tree_regressor(seed, aggregate, mixed, targets, based):
+    rng = np.random.default_rng(seed)
+    attributes = forest(rng, 4, targets, mixed=mixed, kind="target", several=True)
+    attributes |= {"aggregate_function": aggregate, "n_targets": targets}
+    if based:
+        attributes["base_values"] = rng.normal(size=targets).astype(np.float32).tolist()
+    check("TreeEnsembleRegressor", [samples(rng)], attributes, domain=ML, opset=1)
+
+
+@quick
+@given(SEEDS, st.booleans(), st.sampled_from(TRANSFORMS), st.booleans(), st.integers(0, 1))
+def test_tree_classifier_of_several_classes(seed, mixed, post_transform, several, based):
+    rng = np.random.default_rng(seed)
+    attributes = forest(rng, 6, 3, mixed=mixed, kind="class", several=True)
+    attributes |= {"classlabels_int64s": [4, 5, 6], "post_transform": post_transform}
+    if based:
+        attributes["base_values"] = rng.normal(size=3).astype(np.float32).tolist()
+    check("TreeEnsembleClassifier", [samples(rng)], attributes, outputs=2, domain=ML, opset=1)
+
+
+@quick
+@given(SEEDS, st.booleans(), st.sampled_from(TRANSFORMS), st.integers(0, 1), st.booleans())
+def test_tree_classifier_of_two_classes(seed, positive, post_transform, class_id, based):
+    rng = np.random.default_rng(seed)
+    attributes = forest(rng, 3, 1, mixed=False, kind="class", positive=positive)
+    attributes["class_ids"] = [class_id] * len(attributes["class_ids"])
+    attributes |= {"classlabels_strings": ["no", "yes"], "post_transform": post_transform}
+    if based and not class_id:  # onnxruntime ignores a single base value of the second class
+        attributes["base_values"] = [0.25]
+    check("TreeEnsembleClassifier", [samples(rng)], attributes, outputs=2, domain=ML, opset=1)
+
+
+BYTES = [np.uint8, np.int8]
+
+
+def codes(rng, shape, dtype):
+    limits = np.iinfo(dtype)
+    return rng.integers(limits.min, limits.max + 1, shape).astype(dtype)
+
+
+def grid(rng, dtype, scale=0.05):
+    """Return a random scale and zero point."""
+    size = np.array(scale * (0.5 + rng.random()), np.float32)
+    return size, np.array(rng.integers(np.iinfo(dtype).min, np.iinfo(dtype).max + 1), dtype)
+
+
+def quantized(rng, shape, dtype, scale=0.05):
+    return codes(rng, shape, dtype), *grid(rng, dtype, scale)
+
+
+@quick
+@given(SEEDS, st.sampled_from(BYTES))
+def test_quantized_elementwise(seed, dtype):
+    rng = np.random.default_rng(seed)
+    left, right = quantized(rng, (2, 3, 4), dtype), quantized(rng, (3, 1), dtype)
+    check("QLinearAdd", [*left, *right, *grid(rng, dtype)], domain=MS, steps=1)
+    check("QLinearMul", [*left, *right, *grid(rng, dtype)], domain=MS, steps=1)
+    check("QLinearSigmoid", [*left, *grid(rng, dtype, 0.01)], domain=MS, steps=1)
+    check("QLinearLeakyRelu", [*left, *grid(rng, dtype)], {"alpha": 0.3}, domain=MS, steps=1)
+    condition = rng.random((2, 3, 4)) < 0.5
+    check(
+        "QLinearWhere",
+        [condition, *left, *quantized(rng, (2, 3, 4), dtype), *grid(rng, dtype)],
+        domain=MS,
+        steps=1,
+    )
+    parts = [*grid(rng, dtype), *left, *quantized(rng, (2, 5, 4), dtype)]
+    check("QLinearConcat", parts, {"axis": 1}, domain=MS, steps=1)
+    for opset, axis in ((13, 1), (11, 1)):
+        size = np.array(1 / 256, np.float32)
+        output = [size, np.array(0 if dtype == np.uint8 else -128, dtype)]
+        check("QLinearSoftmax", [*left, *output], {"axis": axis, "opset": opset}, domain=MS, steps=1)
+
+
+@quick
+@given(SEEDS, st.sampled_from(BYTES), st.integers(0, 1), st.integers(0, 1))
+def test_quantized_pools(seed, dtype, last, include):
+    rng = np.random.default_rng(seed)
+    x = quantized(rng, (2, 6, 5, 3), dtype)
+    check("QLinearGlobalAveragePool", [*x, *grid(rng, dtype)], {"channels_last": last}, domain=MS, steps=1)
+    attributes = {
+        "kernel_shape": [3, 2],
+        "pads": [1, 0, 1, 1],
+        "strides": [2, 1],
+        "channels_last": last,
+        "count_include_pad": include,
+    }
+    check("QLinearAveragePool", [*x, *grid(rng, dtype)], attributes, domain=MS, steps=1)
+
+
+@quick
+@given(SEEDS, st.sampled_from(BYTES), st.booleans(), st.integers(0, 1))
+def test_quantized_convolutions(seed, weights, columns, last):
+    rng = np.random.default_rng(seed)
+    w = codes(rng, (4, 2, 3, 2), weights) // np.array(2, weights)  # half the range: no CPU saturates
+    scale = rng.random(4).astype(np.float32) * 0.01 + 0.001
+    zero = np.zeros(4, weights)
+    if not columns:
+        scale, zero = scale[0], codes(rng, (), weights) if weights == np.uint8 else np.zeros((), weights)
+    x = quantized(rng, (2, 4, 6, 5), np.uint8)
+    bias = rng.integers(-1000, 1000, 4).astype(np.int32)
+    attributes = {"group": 2, "pads": [1, 0, 0, 1], "strides": [1, 2], "dilations": [2, 1]}
+    inputs = [*x, w, scale, zero, *grid(rng, np.uint8), bias]
+    check("QLinearConv", inputs, attributes, opset=10, steps=1)
+    check("ConvInteger", [x[0], w, x[2], zero if zero.ndim == 0 else None], attributes, opset=10)
+    inputs[0] = np.moveaxis(x[0], 1, -1).copy() if last else x[0]
+    check("QLinearConv", inputs, attributes | {"channels_last": last}, domain=MS, steps=1)
+
+
+@quick
+@given(SEEDS, st.sampled_from(BYTES), st.booleans())
+def test_integer_products(seed, dtype, columns):
+    rng = np.random.default_rng(seed)
+    x, x_scale, x_zero = quantized(rng, (2, 5, 40), np.uint8)
+    w = codes(rng, (40, 6), dtype) // np.array(2, dtype)
+    zero = codes(rng, 6 if columns else (), dtype) // np.array(2, dtype)
+    scale = (rng.random(6 if columns else ()) * 0.01 + 0.001).astype(np.float32)
+    bias = rng.normal(size=6).astype(np.float32)
+    check("MatMulInteger", [x, w, x_zero, zero], opset=10)
+    scale = np.asarray(scale)
+    check("QLinearMatMul", [x, x_scale, x_zero, w, scale, zero, *grid(rng, np.uint8, 1)], opset=10, steps=1)
+    check("MatMulIntegerToFloat", [x, w, x_scale, scale, x_zero, zero, bias], domain=MS, atol=1e-3)
+    real = rng.normal(size=(3, 40)).astype(np.float32)
+    check("DynamicQuantizeMatMul", [real, w, scale, zero, bias], domain=MS, atol=1e-3)
+    check("DynamicQuantizeLinear", [real], outputs=3, opset=11, steps=1)
+    check("DynamicQuantizeLinear", [real * 0], outputs=3, opset=11)
+    sums = rng.integers(-500, 500, 6).astype(np.int32)
+    parts = [x[0], x_scale, x_zero, np.ascontiguousarray(w.T), scale, zero, sums]
+    attributes = {"transB": 1, "alpha": 0.5}
+    check("QGemm", [*parts, *grid(rng, np.uint8)], attributes, domain=MS, steps=1)
+    check("QGemm", parts, attributes, domain=MS, atol=1e-3)
+
+
+@quick
+@given(
+    SEEDS, st.sampled_from([2, 4, 8]), st.sampled_from([16, 32]), st.sampled_from(["no", "packed", "real"])
+)
+def test_products_with_packed_weights(seed, bits, block_size, zeros):
+    rng = np.random.default_rng(seed)
+    k, n = 50, 7
+    blocks = -(-k // block_size)
+    b = codes(rng, (n, blocks, block_size * bits // 8), np.uint8)
+    scales = rng.normal(size=(n, blocks)).astype(np.float32)
+    a = rng.normal(size=(2, 3, k)).astype(np.float32)
+    zero = None
+    if zeros == "packed":
+        zero = codes(rng, (n, -(-blocks * bits // 8)), np.uint8)
+    elif zeros == "real" and bits == 4:
+        zero = rng.normal(size=(n, blocks)).astype(np.float32)
+    attributes = {"K": k, "N": n, "bits": bits, "block_size": block_size}
+    inputs = [a, b, scales, zero, None, rng.normal(size=n).astype(np.float32)]
+    check("MatMulNBits", inputs, attributes, domain=MS, rtol=1e-3, atol=1e-3)
+
+
+@quick
+@given(SEEDS, st.sampled_from([4, 8]), st.booleans())
+def test_packed_gather(seed, bits, zeros):
+    rng = np.random.default_rng(seed)
+    data = codes(rng, (9, 64 * bits // 8), np.uint8)
+    scales = rng.normal(size=(9, 4)).astype(np.float32)
+    points = codes(rng, (9, 4 * bits // 8), np.uint8) if zeros else None
+    indices = rng.integers(-9, 9, (2, 3))
+    attributes = {"bits": bits, "block_size": 16, "gather_axis": 0, "quantize_axis": 1}
+    check("GatherBlockQuantized", [data, indices, scales, points], attributes, domain=MS)
