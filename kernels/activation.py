@@ -30,9 +30,11 @@ def LeakyRelu(X: Array, *, alpha: float = 0.01) -> Array:
 @kernel("Sigmoid", since=1)
 def Sigmoid(X: Array) -> Array:
     """Return 1 / (1 + exp(-X)) without overflow."""
-    x = wide(X)
-    small = np.exp(-np.abs(x))
-    return np.where(x < 0, small / (1 + small), 1 / (1 + small)).astype(X.dtype)
+    result = np.negative(wide(X))  # exp overflows to infinity, whose reciprocal is the limit
+    np.exp(result, out=result)
+    result += 1
+    np.reciprocal(result, out=result)
+    return result.astype(X.dtype, copy=False)
 
 
 @kernel("HardSigmoid", since=1)
@@ -44,8 +46,9 @@ def HardSigmoid(X: Array, *, alpha: float = 0.2, beta: float = 0.5) -> Array:
 
 def clip(input: Array, low: Array | None, high: Array | None) -> Array:
     """Return the input kept in [low, high]; high wins where the bounds cross."""
-    raised = input if low is None else np.maximum(input, low)
-    return raised if high is None else np.minimum(raised, high)
+    if low is None and high is None:
+        return input
+    return np.asarray(np.clip(input, low, high))
 
 
 @kernel("Clip", since=1)

@@ -7,20 +7,27 @@ are one run of the padded input (with a few positions between rows that are drop
 
 from __future__ import annotations
 
+import itertools
 import math
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
 from onnxslim_lab.kernels.activation import wide
 from onnxslim_lab.kernels.registry import Array, kernel
 from onnxslim_lab.kernels.windows import Ints, Window, fold, pad_spatial, paddings, slide, spread, volume
 
-TILE = 1 << 17
+TILE = 1 << 18
 """Elements of a tile of columns: what fits the second level cache."""
 NARROWEST = 256
 """Positions that a product has at least: below that packing the weights dominates."""
 WASTE = 12
 """Multiplications per copied element that the dropped positions may cost before exact is faster."""
+
+
+PLANES = 9
+"""Planes that the input is split into at most; greater strides take the exact way."""
 
 
 def check(op_type: str, X: Array, W: Array, B: Array | None, group: int, kernel_shape: Ints | None) -> None:
@@ -62,7 +69,7 @@ def convolve(x: Array, w: Array, bias: Array | None, window: Window, groups: int
         )
     ][1:]
     dropped = volume(inner) / volume(window.output[1:]) - 1
-    if rows * dropped > WASTE:
+    if rows * dropped > WASTE or volume(window.strides) > PLANES:
         return exact(x, w, bias, window, groups)
     return flat(x, w, bias, window, groups)
 
@@ -78,67 +85,118 @@ def pointwise(x: Array, w: Array, bias: Array | None, window: Window, groups: in
     return y.reshape(x.shape[0], w.shape[0], *window.output)
 
 
-def phases(x: Array, window: Window) -> tuple[Array, list[int], tuple[int, ...]]:
+@dataclass(frozen=True)
+class Taps:
+    """Taps of one axis that read the same plane at even distances.
+
+    Attributes:
+        taps: Which of the kernel's taps.
+        residue: Which plane: the position modulo the stride.
+        first, step: Position in the plane of the first of them, and distance of the following.
+    """
+
+    taps: slice
+    residue: int
+    first: int
+    step: int
+
+
+def taps_of(size: int, stride: int, dilation: int) -> list[Taps]:
+    """Return the taps of one axis, grouped by the plane they read.
+
+    >>> taps_of(3, 2, 1)
+    [Taps(taps=slice(0, 3, 2), residue=0, first=0, step=1), Taps(taps=slice(1, 3, 2), residue=1, first=0, step=1)]
+    """
+    period = stride // math.gcd(stride, dilation)
+    return [
+        Taps(slice(tap, size, period), tap * dilation % stride, tap * dilation // stride, dilation * period // stride)
+        for tap in range(min(period, size))
+    ]
+
+
+def phases(x: Array, window: Window) -> tuple[Array, tuple[int, ...]]:
     """Lay out the padded input so that every tap reads one run of positions.
 
     With strides the input is split into its residues modulo the stride, each a contiguous plane.
 
     Returns:
-        (N, C, planes * positions), the first position of every tap, and the lengths of a plane.
+        (N, C, planes * positions) and the lengths of a plane.
     """
     planes = []
-    after = []
     for axis, (length, stride) in enumerate(zip(window.lengths, window.strides, strict=True)):
         span = (window.kernel[axis] - 1) * window.dilations[axis] + 1
         needed = max((window.output[axis] - 1) * stride + span, length + window.begins[axis])
         planes.append(-(-needed // stride))
-        after.append(planes[-1] * stride - length - window.begins[axis])
-    padded = pad_spatial(x, window.begins, after)
-    size = volume(planes)
-    if volume(window.strides) > 1:
-        split = [n for pair in zip(planes, window.strides, strict=True) for n in pair]
-        rank = len(planes)
-        order = [0, 1, *range(3, 3 + 2 * rank, 2), *range(2, 2 + 2 * rank, 2)]
-        padded = padded.reshape(*x.shape[:2], *split).transpose(order)
+    if tuple(planes) == x.shape[2:] and volume(window.strides) == 1:
+        return np.ascontiguousarray(x).reshape(*x.shape[:2], -1), tuple(planes)
+    result = np.zeros((*x.shape[:2], *window.strides, *planes), x.dtype)
+    for residues in np.ndindex(*window.strides):
+        target, source = [], []
+        for residue, begin, length, stride in zip(
+            residues, window.begins, window.lengths, window.strides, strict=True
+        ):
+            low = max(0, -((residue - begin) // stride))
+            first = low * stride + residue - begin
+            target.append(slice(low, low + max(0, -((first - length) // stride))))
+            source.append(slice(first, None, stride))
+        result[(slice(None), slice(None), *residues, *target)] = x[(slice(None), slice(None), *source)]
+    return result.reshape(*x.shape[:2], -1), tuple(planes)
+
+
+def runs(source: Array, window: Window, planes: Ints, length: int) -> list[tuple[tuple[slice, ...], Array]]:
+    """Return for groups of taps which they are and, without a copy, all that they read.
+
+    Args:
+        source: (N, groups, channels, planes * positions), contiguous.
+
+    Returns:
+        Slices of the kernel's axes; views (N, groups, channels, taps of these..., length).
+    """
     steps = [volume(planes[axis + 1 :]) for axis in range(len(planes))]
-    starts = []
-    for tap in np.ndindex(*window.kernel):
-        plane = position = 0
-        for axis, place in enumerate(tap):
-            quotient, residue = divmod(place * window.dilations[axis], window.strides[axis])
-            plane = plane * window.strides[axis] + residue
-            position += quotient * steps[axis]
-        starts.append(plane * size + position)
-    return padded.reshape(*x.shape[:2], -1), starts, tuple(planes)
+    per_axis = [taps_of(*triple) for triple in zip(window.kernel, window.strides, window.dilations, strict=True)]
+    result = []
+    for group in itertools.product(*per_axis):
+        plane = 0
+        for stride, axis in zip(window.strides, group, strict=True):
+            plane = plane * stride + axis.residue
+        start = plane * volume(planes) + sum(a.first * n for a, n in zip(group, steps, strict=True))
+        counts = [len(range(size)[a.taps]) for a, size in zip(group, window.kernel, strict=True)]
+        strides = [a.step * n * source.itemsize for a, n in zip(group, steps, strict=True)]
+        view = as_strided(
+            source[..., start:],
+            (*source.shape[:3], *counts, length),
+            (*source.strides[:3], *strides, source.itemsize),
+            writeable=False,
+        )
+        result.append((tuple(a.taps for a in group), view))
+    return result
 
 
 def flat(x: Array, w: Array, bias: Array | None, window: Window, groups: int) -> Array:
     """Convolve over runs of the padded input; see the module."""
-    source, starts, planes = phases(x, window)
+    source, planes = phases(x, window)
     steps = [volume(planes[axis + 1 :]) for axis in range(len(planes))]
     length = 1 + sum((count - 1) * step for count, step in zip(window.output, steps, strict=True))
     batch, channels = x.shape[0], x.shape[1] // groups
-    rows, taps = w.shape[0] // groups, len(starts)
+    rows, taps = w.shape[0] // groups, volume(window.kernel)
     depth = channels * taps
     matrix = w.reshape(groups, rows, depth)
-    source = source.reshape(batch, groups, channels, -1)
+    views = runs(source.reshape(batch, groups, channels, -1), window, planes, length)
     y = np.empty((batch, groups, rows, window.output[0] * steps[0]), x.dtype)
     wide_tile = min(length, max(NARROWEST, TILE // depth))
     tall_tile = min(groups, max(1, TILE // (depth * wide_tile)))
     buffer = np.empty(tall_tile * depth * wide_tile, x.dtype)
     for n in range(batch):
         for g in range(0, groups, tall_tile):
-            taken = min(tall_tile, groups - g)
+            block = slice(g, min(g + tall_tile, groups))
             for first in range(0, length, wide_tile):
-                last = min(first + wide_tile, length)
-                columns = buffer[: taken * depth * (last - first)].reshape(taken, channels, taps, -1)
-                for tap, start in enumerate(starts):
-                    columns[:, :, tap] = source[n, g : g + taken, :, start + first : start + last]
-                np.matmul(
-                    matrix[g : g + taken],
-                    columns.reshape(taken, depth, -1),
-                    out=y[n, g : g + taken, :, first:last],
-                )
+                part = slice(first, min(first + wide_tile, length))
+                size = (block.stop - g, channels, *window.kernel, part.stop - first)
+                columns = buffer[: volume(size)].reshape(size)
+                for places, view in views:
+                    columns[(slice(None), slice(None), *places)] = view[n, block, ..., part]
+                product = columns.reshape(block.stop - g, depth, -1)
+                np.matmul(matrix[block], product, out=y[n, block, :, part])
     grid = y.reshape(batch, w.shape[0], window.output[0], *planes[1:])
     kept = grid[(..., *(slice(count) for count in window.output))]
     if bias is not None:
@@ -148,31 +206,36 @@ def flat(x: Array, w: Array, bias: Array | None, window: Window, groups: int) ->
 
 def exact(x: Array, w: Array, bias: Array | None, window: Window, groups: int) -> Array:
     """Convolve over exactly the positions of the output, some rows of its first axis at a time."""
-    padded = pad_spatial(x, window.begins, window.ends)
+    padded = np.ascontiguousarray(pad_spatial(x, window.begins, window.ends))
     batch, channels = x.shape[0], x.shape[1] // groups
-    rows, taps = w.shape[0] // groups, volume(window.kernel)
-    depth = channels * taps
+    rows, depth = w.shape[0] // groups, channels * volume(window.kernel)
     matrix = w.reshape(groups, rows, depth)
     source = padded.reshape(batch, groups, channels, *padded.shape[2:])
+    jumps = source.strides[3:]
+    view = as_strided(
+        source,
+        (*source.shape[:3], *window.kernel, *window.output),
+        (
+            *source.strides[:3],
+            *(jump * gap for jump, gap in zip(jumps, window.dilations, strict=True)),
+            *(jump * step for jump, step in zip(jumps, window.strides, strict=True)),
+        ),
+        writeable=False,
+    )
     per_row = volume(window.output[1:])
-    height = window.output[0]
+    height, rank = window.output[0], len(window.output)
     tile = min(height, -(-max(NARROWEST, TILE // depth) // per_row))
     y = np.empty((batch, groups, rows, height * per_row), x.dtype)
-    buffer = np.empty(depth * tile * per_row, x.dtype)
-    for n, g in np.ndindex(batch, groups):
-        for first in range(0, height, tile):
-            count = min(tile, height - first)
-            lengths = (count, *window.output[1:])
-            columns = buffer[: depth * count * per_row].reshape(channels, taps, *lengths)
-            for number, tap in enumerate(np.ndindex(*window.kernel)):
-                places = []
-                for axis, length in enumerate(lengths):
-                    stride = window.strides[axis]
-                    start = tap[axis] * window.dilations[axis] + (first * stride if axis == 0 else 0)
-                    places.append(slice(start, start + (length - 1) * stride + 1, stride))
-                columns[:, number] = source[(n, g, slice(None), *places)]
-            part = slice(first * per_row, (first + count) * per_row)
-            np.matmul(matrix[g], columns.reshape(depth, -1), out=y[n, g, :, part])
+    samples = max(1, TILE // (groups * depth * height * per_row))
+    for n in range(0, batch, samples):
+        block = slice(n, min(n + samples, batch))
+        for g in [slice(None)] if samples > 1 else map(slice, range(groups), range(1, groups + 1)):
+            for first in range(0, height, tile):
+                lines = slice(first, min(first + tile, height))
+                part = slice(lines.start * per_row, lines.stop * per_row)
+                taken = view[(block, g, slice(None), *[slice(None)] * rank, lines)]
+                columns = taken.reshape(*taken.shape[:2], depth, -1)
+                np.matmul(matrix[g], columns, out=y[block, g, :, part])
     y = y.reshape(batch, w.shape[0], -1)
     if bias is not None:
         y += bias[:, None]

@@ -14,6 +14,9 @@ States = tuple[Array, ...]
 Step = Callable[[Array, States], States]
 Floats = Sequence[float]
 
+FEW_ROWS = 4
+"""Rows of all steps up to which laying out the recurrent weights for the product costs more than it saves."""
+
 
 def directions(op_type: str, direction: str) -> tuple[bool, ...]:
     """Return for every direction whether it runs backwards.
@@ -65,8 +68,8 @@ def unroll(
             B (directions, 2 * gates * hidden) or None.
         lengths: int32 (batch,), or None when all sequences are full.
         initial: The first states, each (directions, batch, hidden) or None for zeros.
-        make_step: From the direction's number, its R and the biases (2, gates * hidden): the bias of the
-            input projection, and the function from that projection and the states to the next states.
+        make_step: From the direction's number, R (hidden, gates * hidden) and biases (2, gates * hidden): the
+            bias of the input projection, and the function from that projection and the states to the next states.
 
     Returns:
         The first state at every step (steps, directions, batch, hidden), then the last states.
@@ -98,7 +101,10 @@ def unroll(
         columns = np.arange(batch)
         ordered = x if order is None else x[order, columns]
         biases = np.zeros((2, gates * hidden), x.dtype) if B is None else wide(B[number]).reshape(2, -1)
-        bias, step = make_step(number, wide(R[number]), biases)
+        transposed = wide(R[number]).T
+        if steps * batch > FEW_ROWS:
+            transposed = np.ascontiguousarray(transposed)
+        bias, step = make_step(number, transposed, biases)
         projected = np.matmul(ordered.reshape(steps * batch, inputs), wide(W[number]).T)
         projected = (projected + bias).reshape(steps, batch, gates * hidden)
         states: States = tuple(
@@ -140,12 +146,11 @@ def lstm_step(
 ) -> Step:
     """Return the step of an LSTM with gates in the order input, output, forget, cell."""
     f, g, h = functions
-    hidden = recurrent.shape[1]
-    transposed = recurrent.T
+    hidden = recurrent.shape[0]
 
     def step(projected: Array, states: States) -> States:
         before, cell = states
-        gates = np.matmul(before, transposed)
+        gates = np.matmul(before, recurrent)
         gates += projected
         if peepholes is not None:
             gates[:, :hidden] += peepholes[:hidden] * cell
@@ -156,7 +161,8 @@ def lstm_step(
         else:
             clipped(gates, clip)
             opened = f(gates[:, : 3 * hidden])
-            written, output, forget = np.split(opened, 3, axis=1)
+            written, forget = opened[:, :hidden], opened[:, 2 * hidden :]
+            output = opened[:, hidden : 2 * hidden]
             new = g(gates[:, 3 * hidden :])
         if input_forget:
             forget = 1 - written
@@ -206,25 +212,24 @@ def gru_step(
 ) -> Step:
     """Return the step of a GRU with gates in the order update, reset, hidden."""
     f, g = functions
-    hidden = recurrent.shape[1]
-    transposed = recurrent.T
+    hidden = recurrent.shape[0]
 
     def step(projected: Array, states: States) -> States:
         (before,) = states
         if linear_before_reset:
-            product = np.matmul(before, transposed)
+            product = np.matmul(before, recurrent)
             gates = product[:, : 2 * hidden]
             candidate = product[:, 2 * hidden :]
             candidate += reset_bias
         else:
-            gates = np.matmul(before, transposed[:, : 2 * hidden])
+            gates = np.matmul(before, recurrent[:, : 2 * hidden])
         gates += projected[:, : 2 * hidden]
         opened = f(clipped(gates, clip))
         update, reset = opened[:, :hidden], opened[:, hidden:]
         if linear_before_reset:
             candidate *= reset
         else:
-            candidate = np.matmul(reset * before, transposed[:, 2 * hidden :])
+            candidate = np.matmul(reset * before, recurrent[:, 2 * hidden :])
         candidate += projected[:, 2 * hidden :]
         candidate = g(clipped(candidate, clip))
         return (candidate + update * (before - candidate),)
@@ -249,7 +254,7 @@ def gru(
     functions = choose("GRU", names or ["Sigmoid", "Tanh"] * count, parameters, 2 * count)
 
     def make_step(number: int, recurrent: Array, biases: Array) -> tuple[Array, Step]:
-        hidden = recurrent.shape[1]
+        hidden = recurrent.shape[0]
         chosen = functions[2 * number : 2 * number + 2]
         added = biases.sum(0)
         reset_bias = biases[1, 2 * hidden :]
@@ -276,9 +281,9 @@ def rnn(
     functions = choose("RNN", names[:count], parameters, count)
 
     def make_step(number: int, recurrent: Array, biases: Array) -> tuple[Array, Step]:
-        f, transposed = functions[number], recurrent.T
+        f = functions[number]
         return biases.sum(0), lambda projected, states: (
-            f(clipped(np.matmul(states[0], transposed) + projected, clip)),
+            f(clipped(np.matmul(states[0], recurrent) + projected, clip)),
         )
 
     return unroll("RNN", X, weights, lengths, [initial_h], make_step, 1, direction, layout)

@@ -25,7 +25,8 @@ _VIEWS = _names("ConstantOfShape Expand Flatten Identity Reshape Slice Split Squ
 _SAME = _names(
     "Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Ceil Clip Cos Cosh CumProd CumSum Erf Exp Floor "
     "HardSigmoid LeakyRelu Log LogSoftmax Neg Reciprocal Relu ReverseSequence Round Scatter ScatterElements "
-    "ScatterND Sigmoid Sign Sin Sinh Softmax Sqrt Tan Tanh Trilu"
+    "ScatterND Sigmoid Sign Sin Sinh Softmax Sqrt Tan Tanh Trilu "
+    "Elu Selu Celu Softplus Softsign Mish Swish HardSwish ThresholdedRelu Shrink Gelu Hardmax"
 )
 _BROADCAST = _names("Add BitShift BitwiseAnd BitwiseOr BitwiseXor Div Max Mean Min Mod Mul Pow Sub Sum")
 _COMPARE = _names("And Equal Greater GreaterOrEqual IsInf IsNaN Less LessOrEqual Not Or Xor")
@@ -33,10 +34,21 @@ _REDUCTIONS = _names(
     "ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum "
     "ReduceSumSquare"
 )
-READS_VALUES = _REDUCTIONS | _names(
-    "ConstantOfShape Expand OneHot Pad Range Reshape Slice Split Squeeze Tile Unsqueeze"
+_WINDOWS = _names("BlackmanWindow HammingWindow HannWindow")
+READS_FIRST = _WINDOWS | _names("ConstantOfShape MelWeightMatrix Range")
+"""Operators whose result's shape depends on the values of all their inputs."""
+READS_VALUES = (
+    _REDUCTIONS
+    | READS_FIRST
+    | _names("DFT Expand OneHot Pad Reshape Slice Split Squeeze STFT Tile Unsqueeze")
 )
 """Operators whose result's shape depends on the values of their inputs after the first (or of all)."""
+_BOUNDED = _names(
+    "ArgMax ArgMin Compress Constant DepthToSpace Det Dropout DynamicQuantizeLinear NegativeLogLikelihoodLoss "
+    "NonZero SoftmaxCrossEntropyLoss SpaceToDepth StringConcat StringNormalizer StringSplit TopK Unique"
+)
+UNKNOWN = 1 << 62
+"""The bound of a result that may be larger than what is read."""
 _SCRATCH = 32  # bytes that selections and reductions may make of one input element
 
 
@@ -94,11 +106,11 @@ def predict(
 
 
 def bound(found: Kernel, inputs: Sequence[Array | None], attributes: Mapping[str, Any]) -> int:
-    """Return the bytes that computing an operator without a prediction may take at most."""
+    """Return the bytes that computing an operator without a prediction may take at most, or UNKNOWN."""
     sizes = [value.size for value in inputs if value is not None]
     if found.op_type == "Einsum":
         return math.prod(max(size, 1) for size in sizes) * 8
-    return sum(sizes) * _SCRATCH
+    return sum(sizes) * _SCRATCH if found.op_type in _BOUNDED else UNKNOWN
 
 
 def _cast(inputs: Sequence[Array], attributes: Mapping[str, Any]) -> Array:
@@ -207,6 +219,15 @@ def _without(shape: Sequence[int], axes: Sequence[int], attributes: Mapping[str,
     return [length for axis, length in enumerate(shape) if axis not in chosen]
 
 
+def _window(inputs: Sequence[Array], attributes: Mapping[str, Any]) -> Array:
+    return stand_in((inputs[0].item(),), dtype_of_number(attributes.get("output_datatype", 1)))
+
+
+def _mel(inputs: Sequence[Array], attributes: Mapping[str, Any]) -> Array:
+    shape = (inputs[1].item() // 2 + 1, inputs[0].item())
+    return stand_in(shape, dtype_of_number(attributes.get("output_datatype", 1)))
+
+
 _FORMULAS: dict[str, Callable[[Sequence[Array], Mapping[str, Any]], Array]] = {
     "BitCast": _cast,
     "Cast": _cast,
@@ -226,5 +247,7 @@ _FORMULAS: dict[str, Callable[[Sequence[Array], Mapping[str, Any]], Array]] = {
     "Where": _where,
     "ArgMax": _position,
     "ArgMin": _position,
+    "MelWeightMatrix": _mel,
+    **dict.fromkeys(_WINDOWS, _window),
     **dict.fromkeys(_REDUCTIONS, _reduce),
 }

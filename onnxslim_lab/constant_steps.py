@@ -150,7 +150,7 @@ class ConstantSteps:
         assert kernel is not None
         step = Step(node, kernel, self._attributes(node))
         exact = node.op_type in sizes.READS_VALUES
-        first = 0 if node.op_type in {"ConstantOfShape", "Range"} else 1
+        first = 0 if node.op_type in sizes.READS_FIRST else 1
         inputs, real = [], True
         for position, name in enumerate(node.input):
             value = self._small(name, force=exact and position >= first) if name else None

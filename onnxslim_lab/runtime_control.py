@@ -1,4 +1,4 @@
-"""Control flow: If, Loop, Scan and SequenceMap over planned bodies.
+"""Operators with bodies: If, Loop, Scan, SequenceMap and FlexAttention over planned bodies.
 
 Each is made once, from its bodies and attributes, and gives a function that takes the node's own inputs and
 then what the bodies capture.
@@ -15,6 +15,7 @@ from onnx import TypeProto
 from onnxslim_lab._messages import Value
 from onnxslim_lab.graph import Graph
 from onnxslim_lab.kernels.dtypes import dtype_of_number
+from onnxslim_lab.runtime_attention import make_flex_attention
 from onnxslim_lab.weights import Array
 
 Attributes = Mapping[str, Any]
@@ -171,12 +172,14 @@ def make_sequence_map(bodies: Bodies, attributes: Attributes, count: int, opset:
     return run
 
 
-CONTROL: Mapping[str, Callable[[Bodies, Attributes, int, int], Control]] = {
-    "If": make_if,
-    "Loop": make_loop,
-    "Scan": make_scan,
-    "SequenceMap": make_sequence_map,
+CONTROL: Mapping[tuple[str, str], Callable[[Bodies, Attributes, int, int], Control]] = {
+    ("", "If"): make_if,
+    ("", "Loop"): make_loop,
+    ("", "Scan"): make_scan,
+    ("", "SequenceMap"): make_sequence_map,
+    ("ai.onnx.preview", "FlexAttention"): make_flex_attention,
 }
+"""What makes the function of an operator with bodies, by domain and operator."""
 
 
 def truth(condition: Any) -> bool:

@@ -144,7 +144,7 @@ class Plan:
             called = graph.functions[key]
             formal = tuple(called.inputs)
             function = self._call(called, key, resolve(node, self.bound))
-        elif bodies and domain == "" and node.op_type in runtime_control.CONTROL:
+        elif (domain, node.op_type) in runtime_control.CONTROL:
             captured = sorted(
                 {name for group in bodies.values() for body in group for name in body.captured()}
             )
@@ -152,7 +152,7 @@ class Plan:
                 name: Plan(group[0], self.machine, self.bound, captured) for name, group in bodies.items()
             }
             given = keywords(node, self.bound, graph.store)
-            make = runtime_control.CONTROL[node.op_type]
+            make = runtime_control.CONTROL[domain, node.op_type]
             function = make(plans, given, len(inputs), graph.opset())
             inputs += [self._slot(name) for name in captured]
         elif kernel is not None:

@@ -82,8 +82,8 @@ def _missing(graph: Graph, depth: int) -> Iterator[Missing]:
         version = graph.opset(domain)
         if (domain, node.op_type, node.overload) in graph.functions:
             continue
-        if graph.bodies(node):
-            known = domain == "" and node.op_type in CONTROL and not _refers_to_body(node)
+        if graph.bodies(node) or (domain, node.op_type) in CONTROL:
+            known = (domain, node.op_type) in CONTROL and version > 0 and not _refers_to_body(node)
         else:
             known = lookup(node.op_type, domain, version) is not None or _has_body(node, graph, depth)
         if not known:

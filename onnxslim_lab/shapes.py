@@ -86,8 +86,9 @@ def _seal_long(model: ModelProto, plain: ModelProto) -> bool:
                 node.domain = _OPAQUE
                 sealed = True
     if sealed:
-        for imports in (model, *model.functions):
-            imports.opset_import.add(domain=_OPAQUE, version=1)
+        model.opset_import.add(domain=_OPAQUE, version=1)
+        for function in model.functions:
+            function.opset_import.add(domain=_OPAQUE, version=1)
     return not any(_long(value.type, unknown=False) for value in (*known.values(), *inputs))
 
 

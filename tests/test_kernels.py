@@ -26,7 +26,24 @@ for schema in onnx.defs.get_all_schemas_with_history():
 HALF = (
     "the reference rounds sums of half types at every step; MatMul here adds in float32, as onnxruntime does"
 )
+DRAWN = "the values are drawn at random"
 EXCLUDED = {
+    "test_bernoulli": DRAWN,
+    "test_bernoulli_double": DRAWN,
+    "test_bernoulli_seed": DRAWN,
+    "test_bernoulli_expanded": DRAWN,
+    "test_bernoulli_double_expanded": DRAWN,
+    "test_bernoulli_seed_expanded": DRAWN,
+    "test_training_dropout": DRAWN,
+    "test_training_dropout_default": DRAWN,
+    "test_training_dropout_default_mask": DRAWN,
+    "test_training_dropout_mask": DRAWN,
+    "test_attention_4d_causal_bf16": HALF,
+    "test_attention_4d_causal_fp16": HALF,
+    "test_attention_4d_padded_kv_bf16": HALF,
+    "test_attention_4d_causal_padded_kv_bf16": HALF,
+    "test_attention_4d_attn_mask_causal_bf16": HALF,
+    "test_attention_3d_causal_bf16": HALF,
     "test_attention_3d_causal_bf16_expanded": HALF,
     "test_attention_4d_attn_mask_causal_bf16_expanded": HALF,
     "test_attention_4d_causal_bf16_expanded": HALF,
@@ -43,7 +60,10 @@ def covered(known):
             yield schema
 
 
-@pytest.mark.parametrize("known", list(kernels()), ids=lambda known: f"{known.op_type}-{known.since}")
+SPECIFIED = [known for known in kernels() if (known.domain, known.op_type) in HISTORY]
+
+
+@pytest.mark.parametrize("known", SPECIFIED, ids=lambda known: f"{known.op_type}-{known.since}")
 def test_signature_is_the_schemas(known):
     schemas = list(covered(known))
     assert any(schema.since_version == known.since for schema in schemas)
@@ -58,7 +78,8 @@ def test_signature_is_the_schemas(known):
             variadic = formal.option == option.Variadic
             assert (parameter.kind is parameter.VAR_POSITIONAL) == variadic
             expected = None if formal.option == option.Optional else parameter.empty
-            assert parameter.default is expected
+            if known.op_type != "OptionalHasElement":  # optional from opset 18 on
+                assert parameter.default is expected
         attributes = {name: attribute for name, attribute in schema.attributes.items() if name not in IGNORED}
         clash = {i.name for i in schema.inputs} & set(attributes)
         assert set(named) >= set(attributes) - clash
@@ -74,6 +95,8 @@ def test_signature_is_the_schemas(known):
             else:
                 value = onnx.helper.get_attribute_value(attribute.default_value)
                 value = value.decode() if isinstance(value, bytes) else value
+                if isinstance(value, list):
+                    value = tuple(item.decode() if isinstance(item, bytes) else item for item in value)
                 assert parameter.default == (pytest.approx(value) if isinstance(value, float) else value)
 
 
@@ -116,7 +139,7 @@ def evaluate(model, feeds):
 
 def check_prediction(found, inputs, attributes, results):
     """Assert that what was predicted, from stand-ins where that is allowed, is what came out."""
-    first = 0 if found.op_type in {"ConstantOfShape", "Range"} else 1
+    first = 0 if found.op_type in sizes.READS_FIRST else 1
     if found.op_type in sizes.READS_VALUES:
         given = [stand_in(value) if k < first else value for k, value in enumerate(inputs)]
     else:
@@ -141,7 +164,8 @@ def load_cases():
     for case in cases:
         opsets = {o.domain: o.version for o in case.model.opset_import}
         nodes = case.model.graph.node
-        if all(lookup(n.op_type, n.domain, opsets.get(n.domain, 0)) for n in nodes) and not any(
+        found = [lookup(n.op_type, n.domain, opsets.get(n.domain, 0)) for n in nodes]
+        if all(known and known.tensors for known in found) and not any(
             a.ref_attr_name for n in nodes for a in n.attribute
         ):
             yield case
@@ -211,6 +235,8 @@ def as_constants(model, feeds):
     made = onnx.ModelProto()
     made.CopyFrom(model)
     made.ir_version = max(made.ir_version, 4)
+    if not any(opset.domain in {"", "ai.onnx"} for opset in made.opset_import):
+        made.opset_import.append(onnx.helper.make_opsetid("", 21))
     for value, feed in zip(model.graph.input, feeds, strict=False):
         tensor = numpy_helper.from_array(array(feed), value.name)
         made.graph.initializer.append(tensor)
@@ -231,7 +257,8 @@ def test_backend_cases_of_constants_fold_to_the_expected_outputs(cases):
             for want, output in zip(map(array, wanted), graph.outputs, strict=True):
                 have = graph.constant(output)
                 if have is None:
-                    assert any("quantization" in refusal.reason for refusal in outcome.refusals), outcome
+                    reasons = [refusal.reason for refusal in outcome.refusals]
+                    assert any("quantization" in text or "memory" in text for text in reasons), outcome
                 else:
                     check(want, have, case)
                     folded += 1

@@ -1,4 +1,4 @@
-"""Determinants and inverses of square matrices."""
+"""Determinants of square matrices."""
 
 from __future__ import annotations
 
@@ -23,16 +23,3 @@ def square(X: Array) -> Array:
 def Det(X: Array) -> Array:
     """Return the determinants of the last two axes."""
     return np.asarray(np.linalg.det(square(X))).astype(X.dtype)
-
-
-@kernel("Inverse", since=1, domain="com.microsoft")
-def Inverse(X: Array) -> Array:
-    """Return the inverses of the last two axes.
-
-    Raises:
-        ValueError: A matrix is singular.
-    """
-    try:
-        return np.asarray(np.linalg.inv(square(X))).astype(X.dtype)
-    except np.linalg.LinAlgError as error:
-        raise ValueError(f"Inverse: {error}") from error
