@@ -1,12 +1,11 @@
 """Integer products, exact: nothing is rounded or saturated before the result is.
 
-Integers go through BLAS as float32 where every partial sum stays below 2**24, else as float64 (below 2**53):
-such sums are exact in whatever order they are taken.
+Integers are held in floating point for BLAS: in float32 where no sum can reach 2**24, else in float64 (below
+2**53). Such sums are exact in whatever order they are taken.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ FLOAT32_EXACT = 1 << 24
 
 
 def centred(x: Array, zero_point: Array | None, axis: int | None = None) -> Array:
-    """Return x - zero_point as int32 (int64 for 32-bit integers), which no 8- or 16-bit type overflows.
+    """Return x - zero_point, exact: float32 for 8- and 16-bit types, float64 for 32-bit ones.
 
     Args:
         x: Integers.
@@ -31,30 +30,30 @@ def centred(x: Array, zero_point: Array | None, axis: int | None = None) -> Arra
     Raises:
         ValueError: The zero points do not fit.
     """
-    wide = np.int64 if x.dtype.itemsize >= 4 else np.int32
+    result = x.astype(np.float64 if x.dtype.itemsize >= 4 else np.float32)
     if zero_point is None or (zero_point.size == 1 and not zero_point.any()):
-        return x.astype(wide)
-    shift = zero_point.astype(wide)
+        return result
+    shift = zero_point.astype(result.dtype)
     if shift.size == 1:
         shift = shift.reshape(())
     elif shift.ndim == 1 and axis is not None:
         if shift.shape[0] != x.shape[axis]:
             raise ValueError(f"{shift.shape[0]} zero points for {x.shape[axis]} indices of axis {axis}")
         shift = shift.reshape([-1 if i == axis % x.ndim else 1 for i in range(x.ndim)])
-    return np.asarray(x.astype(wide) - shift)
+    return np.subtract(result, shift, out=result)
 
 
-def carrier(left: Array, right: Array, length: int) -> np.dtype[Any]:
-    """Return the floating point type in which sums of `length` products of these integers are exact."""
-    greatest = [int(np.abs(side).max(initial=0)) for side in (left, right)]
-    fits = greatest[0] * greatest[1] * length < FLOAT32_EXACT
-    return np.dtype(np.float32 if fits else np.float64)
+def carried(x: Array, w: Array, axes: int | tuple[int, ...]) -> tuple[Array, Array]:
+    """Return both in the narrowest type in which sums of x times w over some axes of w are exact."""
+    most = np.abs(w).sum(axes, dtype=np.float64).max(initial=0) * np.abs(x).max(initial=0)
+    if most < FLOAT32_EXACT:
+        return x.astype(np.float32, copy=False), w.astype(np.float32, copy=False)
+    return x.astype(np.float64, copy=False), w.astype(np.float64, copy=False)
 
 
 def integer_matmul(left: Array, right: Array) -> Array:
-    """Return the exact matrix product of integer arrays as int64, batched as numpy.matmul."""
-    dtype = carrier(left, right, left.shape[-1])
-    return np.asarray(np.matmul(left.astype(dtype), right.astype(dtype))).astype(np.int64)
+    """Return the exact matrix product of centred integers, batched as numpy.matmul."""
+    return np.asarray(np.matmul(*carried(left, right, 0 if right.ndim < 2 else -2)))
 
 
 def integer_conv(
@@ -69,7 +68,7 @@ def integer_conv(
     pads: Ints | None,
     strides: Ints | None,
 ) -> Array:
-    """Return the exact convolution of centred integers, int64: padding counts as zero.
+    """Return the exact convolution of centred integers: padding counts as zero.
 
     Takes the input (N, C, ...), the weights (M, C / group, ...) and the attributes of Conv.
 
@@ -78,17 +77,23 @@ def integer_conv(
     """
     check(op_type, x, w, None, group, kernel_shape)
     window = slide(op_type, x.shape[2:], w.shape[2:], strides, dilations, pads, auto_pad)
-    dtype = carrier(x, w, math.prod(w.shape[1:]))
-    return convolve(x.astype(dtype), w.astype(dtype), None, window, group).astype(np.int64)
+    return convolve(*carried(x, w, tuple(range(1, w.ndim))), None, window, group)
+
+
+def in_int32(total: Array) -> Array:
+    """Return exact integers in int32, which wraps as the specification has it."""
+    return total.astype(np.int64).astype(np.int32)
 
 
 def requantized(accumulated: Array, scale: Array, zero_point: Array | None, dtype: np.dtype[Any]) -> Array:
     """Return saturate(round(accumulated * scale) + zero_point), ties to even, the product in float32."""
-    scaled = np.rint(accumulated.astype(np.float32) * scale.astype(np.float32)).astype(np.float64)
+    scaled = np.asarray(np.multiply(accumulated, scale, dtype=np.float32, casting="same_kind"))
+    np.rint(scaled, out=scaled)
     low, high = limits(dtype)
     if zero_point is not None:
-        scaled = scaled + zero_point.astype(np.float64)
-    return np.clip(np.nan_to_num(scaled, nan=low), low, high).astype(np.int64).astype(dtype)
+        scaled = np.asarray(np.add(scaled, zero_point, dtype=np.float32))
+    np.fmax(scaled, np.float32(low), out=scaled)  # NaN becomes the lowest
+    return np.fmin(scaled, np.float32(high), out=scaled).astype(dtype)
 
 
 @kernel("MatMulInteger", since=10)
@@ -97,7 +102,7 @@ def MatMulInteger(
 ) -> Array:
     """Return (A - a_zero_point) (B - b_zero_point) in int32; zero points per row of A, per column of B."""
     left = centred(A, a_zero_point, -2 if A.ndim > 1 else None)
-    return integer_matmul(left, centred(B, b_zero_point, -1)).astype(np.int32)
+    return in_int32(integer_matmul(left, centred(B, b_zero_point, -1)))
 
 
 @kernel("ConvInteger", since=10)
@@ -115,7 +120,7 @@ def ConvInteger(
     strides: Ints | None = None,
 ) -> Array:
     """Return the convolution of the centred integers in int32; padding means x_zero_point."""
-    return integer_conv(
+    total = integer_conv(
         "ConvInteger",
         centred(x, x_zero_point),
         centred(w, w_zero_point, 0),
@@ -125,7 +130,8 @@ def ConvInteger(
         kernel_shape=kernel_shape,
         pads=pads,
         strides=strides,
-    ).astype(np.int32)
+    )
+    return in_int32(total)
 
 
 @kernel("QLinearConv", since=10)
@@ -161,7 +167,7 @@ def QLinearConv(
     )
     ones = (1,) * (x.ndim - 2)
     if B is not None:
-        total = total + B.astype(np.int64).reshape(-1, *ones)
+        total = total.astype(np.float64) + B.reshape(-1, *ones)
     scale = (x_scale.reshape(-1) * w_scale.reshape(-1) / y_scale.reshape(-1)).reshape(-1, *ones)
     return requantized(total, scale, y_zero_point, y_zero_point.dtype)
 

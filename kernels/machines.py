@@ -83,8 +83,8 @@ def similarity(rows: Array, vectors: Array, kernel_type: str, kernel_params: Seq
     if kernel_type == "SIGMOID":
         return np.tanh(gamma * product + offset)
     if kernel_type == "RBF":
-        squares = [np.square(side.astype(np.float64)).sum(1) for side in (rows, vectors)]
-        return np.exp(-gamma * np.maximum(squares[0][:, None] - 2 * product + squares[1], 0))
+        left, right = (np.square(side.astype(np.float64)).sum(1) for side in (rows, vectors))
+        return np.asarray(np.exp(-gamma * np.maximum(left[:, None] - 2 * product + right, 0)))
     raise ValueError(f"kernel_type {kernel_type!r} is not LINEAR, POLY, RBF or SIGMOID")
 
 
@@ -178,12 +178,12 @@ def SVMClassifier(
     starts = ends - np.array(vectors_per_class)
     vectors = np.array(support_vectors, np.float32).reshape(int(ends[-1]), -1)
     kernels = similarity(rows, vectors, kernel_type, kernel_params)
-    weights = np.array(coefficients, np.float64).reshape(-1, int(ends[-1]))
+    duals = np.array(coefficients, np.float64).reshape(-1, int(ends[-1]))
     firsts, seconds = np.triu_indices(classes, 1)
     decisions = np.empty((len(rows), len(firsts)))
     for pair, (i, j) in enumerate(zip(firsts.tolist(), seconds.tolist(), strict=True)):
         own, other = slice(starts[i], ends[i]), slice(starts[j], ends[j])
-        decisions[:, pair] = kernels[:, own] @ weights[j - 1, own] + kernels[:, other] @ weights[i, other]
+        decisions[:, pair] = kernels[:, own] @ duals[j - 1, own] + kernels[:, other] @ duals[i, other]
     decisions += offsets[: len(firsts)]
     votes = np.zeros((len(rows), classes), np.int64)
     winners = np.where(decisions > 0, firsts, seconds)

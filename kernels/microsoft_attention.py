@@ -217,7 +217,9 @@ def MultiHeadAttention(
     The query is (B, S, Q), or packed with the others (B, S, heads, 3, size); keys and values are (B, L, K),
     packed (B, L, heads, 2, size), or of another attention (B, heads, L, size), without bias then.
     """
-    refuse("MultiHeadAttention", past_sequence_length=past_sequence_length, cache_indirection=cache_indirection)
+    refuse(
+        "MultiHeadAttention", past_sequence_length=past_sequence_length, cache_indirection=cache_indirection
+    )
     if query.ndim == 5:
         parts = [query[:, :, :, place].transpose(0, 2, 1, 3) for place in range(3)]
     elif key is None:

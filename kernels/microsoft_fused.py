@@ -139,7 +139,9 @@ def NhwcMaxPool(
     return np.moveaxis(result, 1, -1)
 
 
-def normalized(x: Array, gamma: Array, beta: Array | None, epsilon: float, *, centre: bool) -> tuple[Array, ...]:
+def normalized(
+    x: Array, gamma: Array, beta: Array | None, epsilon: float, *, centre: bool
+) -> tuple[Array, ...]:
     """Return x (float32) scaled to variance 1 over the last axis, the mean, and 1 / deviation."""
     mean = x.mean(-1, keepdims=True) if centre else np.zeros((*x.shape[:-1], 1), x.dtype)
     rest = x - mean

@@ -79,22 +79,9 @@ def MicrosoftUnique(x: Array) -> tuple[Array, Array, Array]:
     return values, inverse, counts
 
 
-@kernel("MulInteger", since=1, domain=MS)
-def MulInteger(
-    A: Array, A_zero_point: Array | None, B: Array, B_zero_point: Array | None = None
-) -> Array:
-    """Return (A - A_zero_point) * (B - B_zero_point) in int32."""
-    left, right = (x.astype(np.int32) for x in (A, B))
-    left = left if A_zero_point is None else left - A_zero_point.astype(np.int32)
-    right = right if B_zero_point is None else right - B_zero_point.astype(np.int32)
-    return np.asarray(left * right)
-
-
 @kernel("TransposeMatMul", since=1, domain=MS)
 def TransposeMatMul(A: Array, B: Array, *, alpha: float = 1.0, transA: int = 0, transB: int = 0) -> Array:
     """Return alpha * A' B', the last two axes swapped where asked for."""
-    left, right = (
-        wide(side.swapaxes(-1, -2) if turn else side) for side, turn in ((A, transA), (B, transB))
-    )
+    left, right = (wide(side.swapaxes(-1, -2) if turn else side) for side, turn in ((A, transA), (B, transB)))
     product = np.matmul(left, right)
     return np.asarray(product * np.asarray(alpha, product.dtype)).astype(A.dtype)

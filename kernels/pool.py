@@ -145,14 +145,14 @@ def MaxPool_10(
 
 
 def counts(window: Window, *, with_padding: bool) -> Array:
-    """Return how many positions each window averages over: the output's spatial shape."""
+    """Return how many positions each window averages over, at least 1: the output's spatial shape."""
     total = np.ones((), np.float64)
     for axis, length in enumerate(window.lengths):
         first = np.arange(window.output[axis]) * window.strides[axis] - window.begins[axis]
         places = first[:, None] + np.arange(window.kernel[axis]) * window.dilations[axis]
         low, high = (-window.begins[axis], length + window.ends[axis]) if with_padding else (0, length)
         inside = np.count_nonzero((places >= low) & (places < high), axis=1)
-        total = total[..., None] * inside
+        total = total[..., None] * np.maximum(inside, 1)
     return total
 
 

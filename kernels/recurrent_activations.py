@@ -13,7 +13,7 @@ Activation = Callable[[Array], Array]
 
 def sigmoid(x: Array) -> Array:
     """Return 1 / (1 + exp(-x)), in place."""
-    np.negative(x, out=x)
+    np.multiply(x, -1, out=x)  # np.negative in place is wrong on rows of 16 bytes (numpy 2.4, AVX)
     np.exp(x, out=x)
     x += 1
     np.reciprocal(x, out=x)

@@ -19,8 +19,9 @@ def positive_axes(axes: Sequence[int] | Array, rank: int) -> list[int]:
     >>> positive_axes([-1, 0], 3)
     [2, 0]
     """
-    result = [int(axis) + (rank if axis < 0 else 0) for axis in np.asarray(axes).reshape(-1).tolist()]
-    if any(not 0 <= axis < rank for axis in result) or len(set(result)) != len(result):
+    given = axes.reshape(-1).tolist() if isinstance(axes, np.ndarray) else axes
+    result = [int(axis) + (rank if axis < 0 else 0) for axis in given]
+    if len(set(result)) != len(result) or (result and not 0 <= min(result) <= max(result) < rank):
         raise ValueError(f"axes {list(map(int, axes))} do not fit rank {rank}")
     return result
 
@@ -106,8 +107,10 @@ def Squeeze_13(data: Array, axes: Array | None = None) -> Array:
 
 def unsqueezed(data: Array, axes: Sequence[int] | Array) -> Array:
     """Return data with axes of length 1 inserted where the result is to have them."""
-    rank = data.ndim + len(axes)
-    return np.expand_dims(data, tuple(positive_axes(axes, rank)))
+    shape = list(data.shape)
+    for axis in sorted(positive_axes(axes, data.ndim + len(axes))):
+        shape.insert(axis, 1)
+    return data.reshape(shape)
 
 
 @kernel("Unsqueeze", since=1)

@@ -38,9 +38,7 @@ _WINDOWS = _names("BlackmanWindow HammingWindow HannWindow")
 READS_FIRST = _WINDOWS | _names("ConstantOfShape MelWeightMatrix Range")
 """Operators whose result's shape depends on the values of all their inputs."""
 READS_VALUES = (
-    _REDUCTIONS
-    | READS_FIRST
-    | _names("DFT Expand OneHot Pad Reshape Slice Split Squeeze STFT Tile Unsqueeze")
+    _REDUCTIONS | READS_FIRST | _names("Expand OneHot Pad Reshape Slice Split Squeeze Tile Unsqueeze")
 )
 """Operators whose result's shape depends on the values of their inputs after the first (or of all)."""
 _BOUNDED = _names(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -57,12 +57,12 @@ def StringNormalizer(
     Raises:
         ValueError: X has another shape or the action is unknown.
     """
-    changes = {"NONE": str, "LOWER": str.lower, "UPPER": str.upper}
+    changes: dict[str, Callable[[str], str]] = {"NONE": str, "LOWER": str.lower, "UPPER": str.upper}
     if case_change_action not in changes:
         raise ValueError(f"StringNormalizer: case_change_action {case_change_action!r} is not known")
     if X.ndim not in {1, 2} or (X.ndim == 2 and X.shape[0] != 1):
         raise ValueError(f"StringNormalizer: the input is {X.shape}, not (C,) or (1, C)")
-    compared = str if is_case_sensitive else str.lower
+    compared: Callable[[str], str] = str if is_case_sensitive else str.lower
     stopped = {compared(word) for word in stopwords or ()}
     kept = [text for text in X.reshape(-1).tolist() if compared(text) not in stopped]
     changed = [changes[case_change_action](text) for text in kept] or [""]
@@ -71,10 +71,10 @@ def StringNormalizer(
 
 @kernel("RegexFullMatch", since=20)
 def RegexFullMatch(X: Array, *, pattern: str | None = None) -> Array:
-    """Return where the whole string matches the pattern.
+    r"""Return where the whole string matches the pattern.
 
     The specification means RE2's syntax; Python's differs in corners only (named groups, classes such as
-    \\pL, which Python refuses).
+    \pL, which Python refuses).
 
     Raises:
         ValueError: The pattern is missing or is no regular expression.

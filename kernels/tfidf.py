@@ -49,10 +49,11 @@ def TfIdfVectorizer(
     """
     if mode not in _MODES:
         raise ValueError(f"TfIdfVectorizer: mode {mode!r} is not TF, IDF or TFIDF")
-    if (pool_int64s is None) == (pool_strings is None):
+    pool = pool_strings if pool_int64s is None else pool_int64s
+    if pool is None or (pool_int64s is not None and pool_strings is not None):
         raise ValueError("TfIdfVectorizer: one of pool_int64s and pool_strings is required")
-    grams = pool_of(pool_strings if pool_int64s is None else pool_int64s, ngram_counts)
-    columns = {gram: column for gram, column in zip(grams, ngram_indexes, strict=True)}
+    grams = pool_of(pool, ngram_counts)
+    columns = dict(zip(grams, ngram_indexes, strict=True))
     lengths = range(min_gram_length, min(max_gram_length, len(ngram_counts)) + 1)
     rows = X.reshape(1, -1) if X.ndim < 2 else X
     counts = np.zeros((len(rows), max(ngram_indexes) + 1), np.float32)

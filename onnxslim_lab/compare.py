@@ -12,10 +12,11 @@ from rich.table import Table
 from onnxslim_lab.data import Dataset
 from onnxslim_lab.errors import DataError, SessionError, one_line, quote, suggest
 from onnxslim_lab.graph import Graph
+from onnxslim_lab.judging import NOISE_FACTOR, TOLERANCE, departure, judge
 from onnxslim_lab.metrics import Feed, OutputError, compare_outputs
 from onnxslim_lab.report import DataReport, Verdict, data_report
+from onnxslim_lab.second_opinion import second_opinion
 from onnxslim_lab.sessions import Runner
-from onnxslim_lab.verify import NOISE_FACTOR, TOLERANCE, departure, judge
 
 SCHEMA_VERSION = 1
 _CHUNK = 32  # intermediate values asked for at a time, so that memory stays bounded
@@ -43,6 +44,7 @@ class Comparison(BaseModel):
     second: str
     data: DataReport
     verdict: Verdict
+    engines: Verdict
     divergence: Divergence | None
 
     def table(self) -> Group:
@@ -62,6 +64,7 @@ class Comparison(BaseModel):
             )
         colour = "green" if self.verdict.status == "passed" else "red"
         lines: list[Table | str] = [table, f"[{colour}]{_safe(self.verdict.reason)}[/{colour}]"]
+        lines.append(f"second opinion: {_safe(self.engines.reason)}")
         if self.divergence is not None:
             found = self.divergence
             lines.append(
@@ -101,8 +104,8 @@ def compare(
     feeds = data.feeds
     if tolerance is None:
         tolerance = max(TOLERANCE, NOISE_FACTOR * runner.noise(first, feeds))
-    reference = runner.run(first, feeds)
-    verdict = judge(compare_outputs(reference, runner.run(second, feeds)), tolerance)
+    reference, result = runner.run(first, feeds), runner.run(second, feeds)
+    verdict = judge(compare_outputs(reference, result), tolerance)
     divergence = None
     if verdict.status == "failed":
         divergence = first_divergence(first, second, feeds, runner, tolerance)
@@ -111,6 +114,7 @@ def compare(
         second=second.source.name,
         data=data_report(data),
         verdict=verdict,
+        engines=second_opinion(second, feeds, result, runner, tolerance),
         divergence=divergence,
     )
 

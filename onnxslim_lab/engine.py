@@ -20,6 +20,7 @@ from onnxslim_lab.graph import Graph, is_op
 from onnxslim_lab.macs import model_macs
 from onnxslim_lab.modelfile import SavedFiles
 from onnxslim_lab.probe import runnable_data
+from onnxslim_lab.random_data import random_data
 from onnxslim_lab.recipe import Recipe, step_text
 from onnxslim_lab.report import (
     ChangeReport,
@@ -31,7 +32,7 @@ from onnxslim_lab.report import (
     Verdict,
     data_report,
 )
-from onnxslim_lab.sessions import Runner
+from onnxslim_lab.sessions import Runner, SessionTooLarge
 from onnxslim_lab.verify import Verifier
 
 DEFAULT_STEPS = ("simplify", "encode")
@@ -246,12 +247,14 @@ def _run_steps(run: _Run, start: float) -> Report:
     for index, step in enumerate(recipe.steps):
         run.step(step, index)
     reason = "verify is off" if recipe.verify == "off" else "the original was not run"
-    final = Verdict(status="skipped", reason=reason)
+    final = engines = Verdict(status="skipped", reason=reason)
     if run.verifier is not None:
         run.progress(len(recipe.steps), len(recipe.steps), "comparing with the original")
-        final = run.verifier.final(graph, exact=all(step.exact for step in recipe.steps))
+        final, engines = run.verifier.final(graph, exact=all(step.exact for step in recipe.steps))
     if final.status == "failed":
         raise VerificationError(f"the result differs from the original: {final.reason}")
+    if engines.status == "failed":
+        raise VerificationError(f"the result is not to be trusted: {engines.reason}")
     return Report(
         tool_version=tool_version(),
         source=graph.source.name,
@@ -263,6 +266,7 @@ def _run_steps(run: _Run, start: float) -> Report:
         data=None if run.verifier is None else data_report(run.verifier.data),
         steps=tuple(run.steps),
         final=final,
+        engines=engines,
         notices=tuple(run.notices),
     )
 
@@ -270,7 +274,10 @@ def _run_steps(run: _Run, start: float) -> Report:
 def _default_data(runner: Runner, graph: Graph, seed: int, notices: list[str]) -> Dataset | None:
     """Return random inputs that the original runs on, None (and a notice) when there are none."""
     try:
-        return runnable_data(runner, graph, samples=2, seed=seed)
+        try:
+            return runnable_data(runner, graph, samples=2, seed=seed)
+        except SessionTooLarge:  # sizes cannot be tried; the verifier streams the model instead
+            return random_data(graph, samples=1, seed=seed)
     except (DataError, SessionError) as error:
         notices.append(f"outputs were not compared: {error}")
         return None

@@ -127,6 +127,7 @@ class Report(_Part):
     data: DataReport | None
     steps: tuple[StepReport, ...]
     final: Verdict
+    engines: Verdict = Field(description="the result on onnxruntime against the NumPy runtime")
     metrics: tuple[MetricReport, ...] = ()
     notices: tuple[str, ...] = ()
 
@@ -164,6 +165,7 @@ class Report(_Part):
             f"({self.ratio:.2f}x smaller), {self.nodes_before} -> {self.nodes_after} nodes, "
             f"{self.seconds:.1f} s"
         )
+        lines.append(f"second opinion: {_safe(self.engines.reason)}")
         for metric in self.metrics:
             before = "" if metric.original is None else f"{metric.original:.4g} -> "
             interval = ""

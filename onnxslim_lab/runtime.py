@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from onnx import ModelProto, NodeProto
+from onnx import ModelProto, NodeProto, TypeProto
 
 from onnxslim_lab._messages import Value
 from onnxslim_lab.errors import ParameterError, quote, suggest
 from onnxslim_lab.graph import Graph
-from onnxslim_lab.model_inputs import check_feed, model_inputs
+from onnxslim_lab.model_inputs import ModelInput, check_feed, model_inputs
 from onnxslim_lab.runtime_plan import Machine, Plan
 from onnxslim_lab.runtime_program import UNUSED, Hook, Program, Step, Watch, label
 from onnxslim_lab.runtime_support import Missing, require
@@ -62,7 +62,7 @@ class Interpreter:
         require(self.graph)
         self._machine = Machine(memory)
         self._plan = Plan(self.graph, self._machine)
-        self._inputs = model_inputs(self.graph)
+        self._inputs = {name: _fed(info) for name, info in model_inputs(self.graph).items()}
         self._programs: dict[tuple[tuple[str, ...], str | None], Program] = {}
 
     @property
@@ -87,7 +87,7 @@ class Interpreter:
                 or those of the node named by `until`.
             until: Name of a node (or of a value it makes) after which the run stops.
             hook: Called after every node, in bodies and functions too, with the node, its inputs, its
-                outputs and its seconds.
+                outputs and its seconds; not for nodes that need constants only, which run once.
 
         Returns:
             The values by name. They may be views of feeds and weights: copy before changing them in place.
@@ -190,6 +190,15 @@ class Interpreter:
                 return position
         known = [name for step in self._plan.steps for name in (step.node.name, *step.node.output) if name]
         raise ParameterError(f"the main graph has no node {quote(until)}{suggest(until, known)}")
+
+
+def _fed(info: ModelInput) -> ModelInput:
+    """Return what a feed is held to: a scalar may have any shape, as with onnxruntime."""
+    if info.shape != ():
+        return info
+    kind = TypeProto()
+    kind.tensor_type.elem_type = info.element
+    return replace(info, type=kind)
 
 
 def run(

@@ -37,7 +37,9 @@ def make_flex_attention(
         scale = attributes.get("scale", 1 / math.sqrt(size))
         grouped = (Q.astype(plain) * plain.type(scale)).reshape(batch, shared, heads // shared, length, size)
         products = grouped @ K.astype(plain)[:, :, None].swapaxes(-1, -2)
-        scores = change("score_mod", products.reshape(batch, heads, length, keys).astype(dtype), captured[count - 3 :])
+        scores = change(
+            "score_mod", products.reshape(batch, heads, length, keys).astype(dtype), captured[count - 3 :]
+        )
         wide = scores.astype(plain)
         wide = np.exp(wide - wide.max(-1, keepdims=True))
         probabilities = (wide / wide.sum(-1, keepdims=True)).astype(dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,10 +15,31 @@ from onnxslim_lab import runtime_control, runtime_functions
 from onnxslim_lab._messages import Value
 from onnxslim_lab.errors import ModelError, quote
 from onnxslim_lab.graph import FunctionKey, Graph, domain_of, is_op
-from onnxslim_lab.kernels import lookup
+from onnxslim_lab.kernels import Kernel, lookup
 from onnxslim_lab.runtime_attributes import Bound, dense, keywords, resolve
-from onnxslim_lab.runtime_program import ABSENT, UNUSED, Program, Step, Watch, compile_program, execute
+from onnxslim_lab.runtime_program import (
+    ABSENT,
+    UNUSED,
+    Program,
+    Step,
+    Watch,
+    compile_program,
+    execute,
+    store,
+)
 from onnxslim_lab.weights import Array
+
+
+def unwrapped(kernel: Kernel) -> Callable[..., Any]:
+    """Return the function a kernel was made from; the interpreter silences floating point warnings itself."""
+    function: Callable[..., Any] = inspect.unwrap(kernel.function)
+    return function
+
+
+@functools.cache
+def parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the names of a kernel's inputs and attributes."""
+    return tuple(inspect.signature(function).parameters)
 
 
 @dataclass
@@ -39,7 +61,8 @@ class Plan:
     """One graph prepared for running.
 
     A value's slot is its place in a list; slot 0 is the absent input. What a body captures comes as further
-    arguments, so that nothing is ever looked up by name while it runs.
+    arguments, so that nothing is ever looked up by name while it runs. Nodes that need constants only make
+    constants: they are computed when first used, and kept like weights.
 
     Args:
         graph: The graph; it must not change afterwards.
@@ -59,13 +82,16 @@ class Plan:
         self.bound: Bound = bound or {}
         self.slots: dict[str, int] = {"": ABSENT}
         self.template: list[Value] = [None, None]
-        self.constants: dict[int, str] = {}
+        self.constants: dict[int, str | Step] = {}  # slot -> the tensor's name, or what computes it
         self._initializers = {*graph.initializers, *graph.sparse_initializers}
         self.inputs = tuple(self._slot(name) for name in graph.inputs)
         self._takes = tuple(
             (self._slot(name), position) for position, name in enumerate(captured) if not graph.defines(name)
         )
-        self.steps = [self._step(node) for node in graph.nodes if not is_op(node, "Constant")]
+        self.steps: list[Step] = []
+        for node in graph.nodes:
+            if not is_op(node, "Constant"):
+                self._add(self._step(node))
         self.outputs = tuple(self._slot(name) for name in graph.outputs)
         self.program = self.compile(self.outputs)
 
@@ -97,14 +123,36 @@ class Plan:
 
     def load(self, slot: int) -> Array:
         """Return a constant, kept for the next time while there is room."""
-        array = self._read(self.constants[slot])
+        source = self.constants[slot]
+        array = self._computed(source, slot) if isinstance(source, Step) else self._read(source)
         if not array.flags.aligned:
             array = array.copy()
-            array.flags.writeable = False
+        array.flags.writeable = False
         if array.nbytes <= self.machine.memory:
             self.machine.memory -= array.nbytes
             self.template[slot] = array
         return array
+
+    def _computed(self, step: Step, slot: int) -> Array:
+        """Return the output of a node that needs constants only."""
+        held = self.template
+        arguments = [held[i] if held[i] is not None or i == ABSENT else self.load(i) for i in step.inputs]
+        try:
+            step.check(arguments)
+            results = step.function(*arguments, **step.attributes)
+            values: list[Value] = [None] * len(step.outputs)
+            store(values, range(len(values)), results)
+        except Exception as error:
+            raise step.failure(error, arguments) from error
+        array = values[step.outputs.index(slot)]
+        assert isinstance(array, np.ndarray)
+        return array
+
+    def _add(self, step: Step) -> None:
+        """Take a step in, or only its outputs where these are constants."""
+        self.steps.append(step)
+        if step.constant and all(slot == ABSENT or slot in self.constants for slot in step.inputs):
+            self.constants.update({slot: step for slot in step.outputs if slot != UNUSED})
 
     def _read(self, name: str) -> Array:
         graph = self.graph
@@ -118,7 +166,6 @@ class Plan:
             found = lookup("Constant", "", graph.opset())
             assert found is not None
             array = np.asarray(found.function(**keywords(node, self.bound, graph.store)))
-            array.flags.writeable = False
         return array
 
     def _slot(self, name: str) -> int:
@@ -156,14 +203,17 @@ class Plan:
             function = make(plans, given, len(inputs), graph.opset())
             inputs += [self._slot(name) for name in captured]
         elif kernel is not None:
-            function = inspect.unwrap(kernel.function)
+            function = unwrapped(kernel)
             attributes = keywords(node, self.bound, graph.store)
             if kernel.counts_outputs:
                 attributes["output_count"] = len(node.output)
-            formal = tuple(inspect.signature(function).parameters)
+            formal = parameters(function)
         else:
             function = self._body_of_schema(node)
-        return Step(node, function, tuple(inputs), attributes, outputs, formal)
+        drawn = "seed" in formal
+        constant = kernel is not None and function is unwrapped(kernel) and kernel.tensors and not drawn
+        opset = 0 if key in graph.functions else graph.opset(domain)
+        return Step(node, function, tuple(inputs), attributes, outputs, formal, constant, opset)
 
     def _call(self, called: Graph, key: FunctionKey, given: dict[str, AttributeProto]) -> Callable[..., Any]:
         """Plan the call of a function with these attributes."""

@@ -13,6 +13,8 @@ from onnx import NodeProto
 from onnxslim_lab._messages import Value
 from onnxslim_lab.errors import LabError, RunError, one_line, quote
 from onnxslim_lab.kernels.registry import settle
+from onnxslim_lab.nodes import domain_of
+from onnxslim_lab.runtime_types import wrong_type
 
 ABSENT = 0  # slot of an optional input that is not there: always None
 UNUSED = 1  # slot that takes outputs nobody asked for
@@ -31,7 +33,9 @@ class Step:
         inputs: Slots read: the node's inputs, then what its bodies capture.
         attributes: The node's attributes.
         outputs: Slot of each output of the node.
-        formal: Names of the operator's inputs, for errors.
+        formal: Names of the operator's inputs and attributes, for errors.
+        constant: Whether the outputs are constants when the inputs are.
+        opset: Version of the operator's domain; 0 for calls of local functions.
     """
 
     node: NodeProto
@@ -40,6 +44,20 @@ class Step:
     attributes: dict[str, Any]
     outputs: tuple[int, ...]
     formal: tuple[str, ...] = ()
+    constant: bool = False
+    opset: int = 0
+
+    def check(self, arguments: Sequence[Value]) -> None:
+        """Check the types of the inputs.
+
+        Raises:
+            TypeError: One is not of a type the operator takes.
+        """
+        if self.opset:
+            given = arguments[: len(self.node.input)]
+            problem = wrong_type(self.node.op_type, domain_of(self.node.domain), self.opset, given)
+            if problem:
+                raise TypeError(problem)
 
     def failure(self, error: Exception, arguments: Sequence[Value]) -> LabError:
         """Return the error to raise: node, operator, what went wrong, and what the inputs were."""
@@ -69,7 +87,7 @@ Entry = tuple[
 """Function, slots read, attributes, slots written, constants to load before, slots to free after, step."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Program:
     """The steps that some outputs need, in order.
 
@@ -77,11 +95,13 @@ class Program:
         entries: What the loop over the nodes reads.
         wanted: Slots of the outputs.
         loads: Constants among the outputs.
+        checked: Whether it ran once, with the types of all inputs checked: they are the same each time.
     """
 
     entries: tuple[Entry, ...]
     wanted: tuple[int, ...]
     loads: tuple[int, ...]
+    checked: bool = False
 
 
 def compile_program(steps: Sequence[Step], wanted: Sequence[int], constants: Iterable[int]) -> Program:
@@ -92,10 +112,11 @@ def compile_program(steps: Sequence[Step], wanted: Sequence[int], constants: Ite
         wanted: Slots whose values stay.
         constants: Slots that are loaded before their first use, unless something was fed.
     """
-    needed = set(wanted)
+    unloaded = set(constants)
+    needed = set(wanted) - unloaded
     kept: list[Step] = []
     for step in reversed(steps):
-        if not needed.isdisjoint(step.outputs):
+        if not needed.isdisjoint(step.outputs) and unloaded.isdisjoint(step.outputs):
             kept.append(step)
             needed.update(step.inputs)
     last: dict[int, Step] = {}
@@ -104,7 +125,6 @@ def compile_program(steps: Sequence[Step], wanted: Sequence[int], constants: Ite
             last.setdefault(slot, step)
     for slot in (*wanted, ABSENT):
         last.pop(slot, None)
-    unloaded = set(constants)
     entries: list[Entry] = []
     for step in reversed(kept):
         loads = tuple(dict.fromkeys(slot for slot in step.inputs if slot in unloaded))
@@ -127,12 +147,15 @@ def execute(program: Program, values: list[Value], load: Callable[[int], Value])
     """
     step: Step | None = None
     arguments: list[Value] = []
+    unchecked = not program.checked
     try:
-        for function, inputs, attributes, outputs, loads, frees, step in program.entries:  # noqa: B007
+        for function, inputs, attributes, outputs, loads, frees, step in program.entries:
             for slot in loads:
                 if values[slot] is None:
                     values[slot] = load(slot)
             arguments = [values[slot] for slot in inputs]
+            if unchecked:
+                step.check(arguments)
             result = function(*arguments, **attributes)
             if type(result) is np.ndarray and len(outputs) == 1:
                 values[outputs[0]] = result
@@ -144,6 +167,7 @@ def execute(program: Program, values: list[Value], load: Callable[[int], Value])
         if step is None:
             raise
         raise step.failure(error, arguments) from error
+    program.checked = True
     for slot in program.loads:
         if values[slot] is None:
             values[slot] = load(slot)
@@ -212,6 +236,8 @@ class Watch:
             arguments = [values[slot] for slot in inputs]
             start = time.perf_counter()
             try:
+                if not program.checked:
+                    step.check(arguments)
                 store(values, outputs, function(*arguments, **attributes))
             except Exception as error:
                 raise step.failure(error, arguments) from error

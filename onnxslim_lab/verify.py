@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -10,16 +9,19 @@ import onnx
 from onnx import ModelProto, TensorProto
 
 from onnxslim_lab.data import Dataset
-from onnxslim_lab.errors import ModelError, SessionError, one_line
+from onnxslim_lab.errors import LabError, ModelError, SessionError, one_line
 from onnxslim_lab.graph import Graph
-from onnxslim_lab.metrics import Feed, OutputError, compare_outputs
+from onnxslim_lab.judging import NOISE_FACTOR, TOLERANCE, judge, measure
+from onnxslim_lab.metrics import Feed, compare_outputs
 from onnxslim_lab.modelfile import all_tensors
-from onnxslim_lab.report import OutputReport, Verdict
+from onnxslim_lab.report import Verdict
+from onnxslim_lab.runtime import Interpreter
+from onnxslim_lab.second_opinion import second_opinion
 from onnxslim_lab.sessions import Runner, SessionTooLarge
 from onnxslim_lab.weights import stub_location
 
-TOLERANCE = 1e-4  # relative difference that float32 rounding explains
-NOISE_FACTOR = 3.0  # times the difference between onnxruntime's own optimization levels
+MOST_FEEDS = 32  # compared after each step
+STREAMED_MEMORY = 64 << 20  # bytes of weights kept when models are too large for a session
 
 
 def check_model(graph: Graph) -> None:
@@ -66,8 +68,9 @@ def _drop_empty_sparse(light: ModelProto) -> None:
 class Verifier:
     """Compares models with a reference on the same feeds.
 
-    The reference moves: after a lossy step it is that step's own output, so that an exact step is
-    held to what it was given.
+    Models run on onnxruntime; where a session would not fit the memory, on the NumPy runtime, which
+    reads the weights layer by layer. The reference moves: after a lossy step it is that step's own
+    output, so that an exact step is held to what it was given.
     """
 
     runner: Runner
@@ -76,20 +79,42 @@ class Verifier:
     tolerance: float = TOLERANCE
     original: list[Feed] | None = None
     reference: list[Feed] | None = None
+    _source: Graph | None = None
+    _streamed: bool = False
 
-    def start(self, graph: Graph) -> Verdict:
+    @property
+    def feeds(self) -> Sequence[Feed]:
+        """The feeds that models are compared on: the first of the data."""
+        return self.data.feeds[:MOST_FEEDS]
+
+    def start(self, graph: Graph) -> None:
         """Run the original; what it gives is the reference, and its noise widens the tolerance."""
-        feeds = self.data.feeds
+        self._source = graph.copy()
+        if len(self.data.feeds) > MOST_FEEDS:
+            self.notices.append(
+                f"outputs were compared on the first {MOST_FEEDS} of {len(self.data.feeds)} feeds"
+            )
         try:
-            self.original = self.reference = self.runner.run(graph, feeds)
-            self.tolerance = max(TOLERANCE, NOISE_FACTOR * self.runner.noise(graph, feeds))
+            self.original = self.reference = self.runner.run(graph, self.feeds)
+            self.tolerance = max(TOLERANCE, NOISE_FACTOR * self.runner.noise(graph, self.feeds))
         except SessionTooLarge as error:
-            self.notices.append(f"outputs were not compared: {error}")
-            return Verdict(status="skipped", reason=str(error))
+            self.notices.append(f"{error}; outputs were compared on the NumPy runtime alone")
+            self._streamed = True
+            self._run_original_streamed(graph)
         except SessionError as error:
             self.notices.append(f"the original does not run, so outputs were not compared: {error}")
-            return Verdict(status="skipped", reason=f"the original does not run: {error}")
-        return Verdict(status="passed", reason="the original runs", tolerance=self.tolerance)
+
+    def _run_original_streamed(self, graph: Graph) -> None:
+        try:
+            self.original = self.reference = self._run(graph)
+        except LabError as error:
+            self.notices.append(f"the original does not run there, so outputs were not compared: {error}")
+
+    def _run(self, graph: Graph) -> list[Feed]:
+        if not self._streamed:
+            return self.runner.run(graph, self.feeds)
+        interpreter = Interpreter(graph, memory=STREAMED_MEMORY)
+        return [interpreter.run(feed) for feed in self.feeds]
 
     def step(self, graph: Graph, *, exact: bool) -> Verdict:
         """Compare with the last reference (exact) or measure against the original (lossy)."""
@@ -100,8 +125,8 @@ class Verifier:
         if self.reference is None or self.original is None:
             return Verdict(status="skipped", reason="the original was not run")
         try:
-            result = self.runner.run(graph, self.data.feeds)
-        except SessionError as error:
+            result = self._run(graph)
+        except LabError as error:
             return Verdict(status="failed", reason=str(error))
         errors = compare_outputs(self.reference if exact else self.original, result)
         verdict = judge(errors, self.tolerance) if exact else measure(errors)
@@ -109,65 +134,31 @@ class Verifier:
             self.reference = result
         return verdict
 
-    def final(self, graph: Graph, *, exact: bool) -> Verdict:
-        """Compare the result with the original; with only exact steps it must be equal."""
-        if self.original is None or self.reference is None:
-            return Verdict(status="skipped", reason="the original was not run")
+    def final(self, graph: Graph, *, exact: bool) -> tuple[Verdict, Verdict]:
+        """Compare the result with the original, and both engines on the result.
+
+        With only exact steps the result must equal the original. Where the engines disagree on the
+        original too, that is no fault of the result: it is said, and not held against it.
+        """
+        unknown = Verdict(status="skipped", reason="the original was not run")
+        if self.original is None or self.reference is None or self._source is None:
+            return unknown, unknown
         try:
-            result = self.runner.run(graph, self.data.feeds)
-        except SessionError as error:
-            return Verdict(status="failed", reason=str(error))
+            result = self._run(graph)
+        except LabError as error:
+            failed = Verdict(status="failed", reason=str(error))
+            return failed, failed
         errors = compare_outputs(self.original, result)
-        return judge(errors, self.tolerance) if exact else measure(errors)
-
-
-def judge(errors: Sequence[OutputError], tolerance: float) -> Verdict:
-    """Return passed when every output is within the tolerance, failed with the worst one otherwise."""
-    outputs = tuple(map(_output_report, errors))
-    for error in sorted(errors, key=lambda item: -_size(item)):
-        problem = departure(error, tolerance)
-        if problem:
-            return Verdict(status="failed", reason=problem, tolerance=tolerance, outputs=outputs)
-    return Verdict(status="passed", reason="outputs are equal", tolerance=tolerance, outputs=outputs)
-
-
-def measure(errors: Sequence[OutputError]) -> Verdict:
-    """Return what a lossy step did to the outputs; it fails only on another structure or new NaNs."""
-    outputs = tuple(map(_output_report, errors))
-    for error in errors:
-        name = one_line(error.name)
-        if error.structure:
-            return Verdict(status="failed", reason=f"output '{name}': {error.structure}", outputs=outputs)
-        if error.nonfinite:
-            reason = f"output '{name}': {error.nonfinite} values became or ceased to be finite"
-            return Verdict(status="failed", reason=reason, outputs=outputs)
-    return Verdict(status="measured", reason="", outputs=outputs)
-
-
-def departure(error: OutputError, tolerance: float) -> str:
-    """Return why an output is not equal within the tolerance, "" when it is."""
-    name = one_line(error.name)
-    if error.structure:
-        return f"output '{name}': {error.structure}"
-    if error.nonfinite:
-        return f"output '{name}': {error.nonfinite} values are finite on one side only"
-    if error.mismatches:
-        return f"output '{name}': {error.mismatches} of {error.count} values differ"
-    if error.relative > tolerance:
-        return f"output '{name}': relative difference {error.relative:.2e} is over {tolerance:.1e}"
-    return ""
-
-
-def _size(error: OutputError) -> float:
-    return math.inf if error.structure or error.nonfinite else error.relative
-
-
-def _output_report(error: OutputError) -> OutputReport:
-    return OutputReport(
-        name=error.name,
-        max_abs=error.max_abs,
-        relative=error.relative,
-        sqnr_db=error.sqnr_db if math.isfinite(error.sqnr_db) else None,
-        cosine=error.cosine if error.floating else None,
-        exact_mismatches=error.mismatches + error.nonfinite,
-    )
+        verdict = judge(errors, self.tolerance) if exact else measure(errors)
+        if self._streamed:
+            return verdict, Verdict(status="skipped", reason="onnxruntime was not run")
+        opinion = second_opinion(graph, self.feeds, result, self.runner, self.tolerance)
+        if opinion.status == "failed":
+            before = second_opinion(self._source, self.feeds, self.original, self.runner, self.tolerance)
+            if before.status != "passed":
+                reason = f"as on the original, {opinion.reason}"
+                opinion = opinion.model_copy(update={"status": "measured", "reason": reason})
+                self.notices.append(reason)
+        elif opinion.status == "skipped":
+            self.notices.append(f"no second opinion: {opinion.reason}")
+        return verdict, opinion

@@ -146,11 +146,34 @@ def test_wrong_options_are_refused_before_any_work(tmp_path, runner):
         optimize(network(), tmp_path / "no" / "out.onnx", runner=runner)
 
 
-def test_a_model_that_does_not_fit_the_memory_is_not_run_and_says_so():
+def test_a_model_that_does_not_fit_the_memory_runs_on_numpy_and_says_so():
     with Runner(threads=1, memory=1000) as small:
-        result = optimize(network(), steps=["simplify"], runner=small)
-    assert result.report.final.status == "skipped"
-    assert any("memory" in notice for notice in result.report.notices)
+        result = optimize(network(), steps=["simplify", "prune:sparsity=0.5", "encode"], runner=small)
+        with pytest.raises(VerificationError, match="step 'lie'"):
+            optimize(network(), steps=[Lie()], runner=small)
+    assert result.report.final.status == "measured"
+    assert result.report.engines.status == "skipped"
+    assert any("NumPy runtime alone" in notice for notice in result.report.notices)
+
+
+def test_a_result_counts_only_when_two_engines_agree(runner, monkeypatch):
+    assert optimize(network(), steps=["simplify"], runner=runner).report.engines.status == "passed"
+    from onnxslim_lab import second_opinion
+
+    honest = second_opinion.Interpreter.run
+
+    def wrong(self, feeds, *arguments, **options):
+        factor = 1.01 if len(self.graph.nodes) in spoilt else 1
+        return {name: value * factor for name, value in honest(self, feeds, *arguments, **options).items()}
+
+    monkeypatch.setattr(second_opinion.Interpreter, "run", wrong)
+    spoilt = {3}  # the result, which has lost its Identity
+    with pytest.raises(VerificationError, match="not to be trusted: the engines disagree, output 'y'"):
+        optimize(network(), steps=["simplify"], runner=runner)
+    spoilt = {3, 4}
+    report = optimize(network(), steps=["simplify"], runner=runner).report
+    assert report.engines.status == "measured"  # the original differs just as much
+    assert any("engines disagree" in notice for notice in report.notices)
 
 
 @pytest.mark.parametrize("delay", [0.3, 0.8, 1.2, 1.6, 2.0])

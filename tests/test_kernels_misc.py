@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -12,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxslim_lab.kernels import lookup, random_draws, run
 from onnxslim_lab.kernels.dtypes import NUMBERS
+from onnxslim_lab.kernels.registry import kernels
 
 ML, MS = "ai.onnx.ml", "com.microsoft"
 OPSETS = {"": 21, ML: 5, MS: 1}
@@ -154,12 +157,13 @@ def test_support_vector_regressor(seed, kernel_type, one_class, supports):
     )
 
 
+NODE_FIELDS = ["treeids", "nodeids", "modes", "values", "truenodeids", "falsenodeids", "featureids"]
 MODES = ["BRANCH_LEQ", "BRANCH_LT", "BRANCH_GTE", "BRANCH_GT", "BRANCH_EQ", "BRANCH_NEQ"]
 
 
 def forest(rng, trees, targets, *, mixed, kind, positive=False, several=False):
     """Return random node and leaf attributes: trees of depth up to 3 with numbers drawn from few values."""
-    nodes = {name: [] for name in "treeids nodeids modes values truenodeids falsenodeids featureids".split()}
+    nodes = {name: [] for name in NODE_FIELDS}
     nodes["missing_value_tracks_true"] = []
     votes = {name: [] for name in ("treeids", "nodeids", "ids", "weights")}
     for tree in range(trees):
@@ -368,7 +372,9 @@ def floats(rng, *shape):
 
 
 @quick
-@given(SEEDS, st.sampled_from(["none", "lengths", "ends", "keys", "queries"]), st.booleans(), st.integers(0, 1))
+@given(
+    SEEDS, st.sampled_from(["none", "lengths", "ends", "keys", "queries"]), st.booleans(), st.integers(0, 1)
+)
 def test_attention(seed, masking, past, unidirectional):
     rng = np.random.default_rng(seed)
     batch, length, width, count = 2, 4, 6, 2
@@ -392,7 +398,17 @@ def test_attention(seed, masking, past, unidirectional):
     x, x_scale, x_zero = quantized(rng, (batch, length, width), np.uint8)
     w, w_scale, w_zero = quantized(rng, (width, 24), np.int8)
     if masking != "queries" and not before:
-        parts = [x, w // np.int8(2), floats(rng, 24), x_scale, w_scale, mask, x_zero, w_zero // np.int8(2), state]
+        parts = [
+            x,
+            w // np.int8(2),
+            floats(rng, 24),
+            x_scale,
+            w_scale,
+            mask,
+            x_zero,
+            w_zero // np.int8(2),
+            state,
+        ]
         check("QAttention", parts, attributes, domain=MS, atol=3e-3)
 
 
@@ -415,7 +431,7 @@ def test_multi_head_attention(seed, crossed, masked, biased):
         mask = rng.integers(0, 2, (batch, total)).astype(np.int32)
     inputs = [query, key, value, bias, mask, floats(rng, 1, count, length, total), state, state]
     outputs = 1 if crossed else 3
-    check("MultiHeadAttention", inputs, {"num_heads": count}, outputs=outputs, domain=MS, atol=1e-4)
+    check("MultiHeadAttention", inputs, {"num_heads": count}, outputs=outputs, domain=MS, atol=3e-3)
 
 
 def test_packed_multi_head_attention():
@@ -439,7 +455,12 @@ def test_rotary_embedding(seed, interleaved, flat, offset):
     rng = np.random.default_rng(seed)
     x = floats(rng, 2, 5, 24) if flat else floats(rng, 2, 3, 5, 8)
     places = np.array([2]) if offset else rng.integers(0, 9, (2, 5))
-    check("RotaryEmbedding", [x, places, floats(rng, 9, 4), floats(rng, 9, 4)], {"interleaved": interleaved}, domain=MS)
+    check(
+        "RotaryEmbedding",
+        [x, places, floats(rng, 9, 4), floats(rng, 9, 4)],
+        {"interleaved": interleaved},
+        domain=MS,
+    )
 
 
 @quick
@@ -459,11 +480,24 @@ def test_fused_normalizations_and_activations(seed):
     ids, segments = rng.integers(0, 9, (2, 3)).astype(np.int32), rng.integers(0, 2, (2, 3)).astype(np.int32)
     mask = np.array([[1, 1, 0], [1, 1, 1]], np.int32)
     tables = [ids, segments, floats(rng, 9, 8), floats(rng, 4, 8), floats(rng, 2, 8), gamma, beta]
-    check("EmbedLayerNormalization", [*tables, mask], {"epsilon": 0.1}, outputs=3, domain=MS, rtol=1e-4, atol=1e-5)
+    check(
+        "EmbedLayerNormalization",
+        [*tables, mask],
+        {"epsilon": 0.1},
+        outputs=3,
+        domain=MS,
+        rtol=1e-4,
+        atol=1e-5,
+    )
     tables[1] = tables[4] = None
     places = rng.integers(0, 4, (2, 3)).astype(np.int32)
     check("EmbedLayerNormalization", [*tables, mask, places], outputs=2, domain=MS, rtol=1e-4, atol=1e-5)
-    for op_type, inputs in {"Gelu": [x], "BiasGelu": [x, bias], "FastGelu": [x, bias], "QuickGelu": [x]}.items():
+    for op_type, inputs in {
+        "Gelu": [x],
+        "BiasGelu": [x, bias],
+        "FastGelu": [x, bias],
+        "QuickGelu": [x],
+    }.items():
         check(op_type, inputs, domain=MS, rtol=1e-4, atol=1e-5)
     check("SimplifiedLayerNormalization", [x, gamma], opset=17, rtol=1e-4, atol=1e-5)
 
@@ -478,16 +512,34 @@ def test_fused_products(seed, turned, batch):
     attributes = {"alpha": 0.5, "transA": int(turned), "transB": int(turned), "transBatchA": int(batch)}
     check("FusedMatMul", [a, b], attributes, domain=MS, atol=1e-5)
     for activation in ("Relu", "LeakyRelu", "Sigmoid", "Tanh"):
-        attributes = {"activation": activation, "activation_alpha": 0.1, "alpha": 0.7, "beta": 0.3, "transB": 1}
+        attributes = {
+            "activation": activation,
+            "activation_alpha": 0.1,
+            "alpha": 0.7,
+            "beta": 0.3,
+            "transB": 1,
+        }
         inputs = [floats(rng, 3, 4), floats(rng, 5, 4), floats(rng, 5)]
         check("FusedGemm", inputs, attributes, domain=MS, atol=1e-5)
     x, w = floats(rng, 1, 4, 6, 5), floats(rng, 6, 2, 3, 3)
-    known = {"Relu": None, "LeakyRelu": [0.2], "Clip": [-1.0, 1.0], "HardSigmoid": [0.3, 0.4], "Sigmoid": None}
+    known = {
+        "Relu": None,
+        "LeakyRelu": [0.2],
+        "Clip": [-1.0, 1.0],
+        "HardSigmoid": [0.3, 0.4],
+        "Sigmoid": None,
+    }
     for activation, parameters in known.items():
         attributes = {"activation": activation, "group": 2, "pads": [1, 1, 1, 1]}
         attributes |= {"activation_params": parameters} if parameters else {}
         check("FusedConv", [x, w, floats(rng, 6)], attributes, domain=MS, atol=1e-5)
-    check("FusedConv", [x, w, floats(rng, 6), floats(rng, 1, 6, 4, 3)], {"activation": "Relu", "group": 2}, domain=MS, atol=1e-5)
+    check(
+        "FusedConv",
+        [x, w, floats(rng, 6), floats(rng, 1, 6, 4, 3)],
+        {"activation": "Relu", "group": 2},
+        domain=MS,
+        atol=1e-5,
+    )
     pool = {"kernel_shape": [2, 3], "strides": [2, 1], "pads": [0, 1, 1, 0]}
     check("NhwcMaxPool", [codes(rng, (1, 6, 5, 3), np.uint8)], pool, domain=MS)
 
@@ -496,7 +548,9 @@ def test_fused_products(seed, turned, batch):
 @given(SEEDS)
 def test_small_operators_of_microsoft(seed):
     rng = np.random.default_rng(seed)
-    check("Inverse", [floats(rng, 2, 3, 3) + 3 * np.eye(3, dtype=np.float32)], domain=MS, rtol=1e-3, atol=1e-4)
+    check(
+        "Inverse", [floats(rng, 2, 3, 3) + 3 * np.eye(3, dtype=np.float32)], domain=MS, rtol=1e-3, atol=1e-4
+    )
     for metric in ("euclidean", "sqeuclidean"):
         check("CDist", [floats(rng, 4, 3), floats(rng, 5, 3)], {"metric": metric}, domain=MS, atol=1e-4)
     check("ExpandDims", [floats(rng, 2, 3), np.array(-1, np.int32)], domain=MS)
@@ -507,3 +561,287 @@ def test_small_operators_of_microsoft(seed):
     check("Unique", [rng.integers(0, 4, 9).astype(np.float32)], outputs=3, domain=MS)
     check("DequantizeLinear", [codes(rng, (2, 3), np.uint8), *grid(rng, np.uint8)], domain=MS)
     check("QuantizeLinear", [floats(rng, 2, 3), *grid(rng, np.uint8)], domain=MS)
+
+
+def words(rng, *shape):
+    return rng.choice(["a", "b", "Cc", "dd e", ""], shape).astype(object)
+
+
+@quick
+@given(SEEDS)
+def test_features(seed):
+    rng = np.random.default_rng(seed)
+    x = floats(rng, 4, 3)
+    x[0] = 0
+    for norm in ("MAX", "L1", "L2"):
+        check("Normalizer", [x], {"norm": norm}, domain=ML, opset=1)
+    check("Scaler", [x], {"offset": [0.5, 1.0, 2.0], "scale": [2.0] * 3}, domain=ML, opset=1)
+    check("Scaler", [rng.integers(0, 9, (4, 3))], {"offset": [0.5], "scale": [2.0]}, domain=ML, opset=1)
+    check("Binarizer", [x], {"threshold": 0.25}, domain=ML, opset=1)
+    missing = np.where(rng.random((4, 3)) < 0.5, np.float32(np.nan), x)
+    for imputed in ([1.0], [1.0, 2.0, 3.0]):
+        attributes = {"imputed_value_floats": imputed, "replaced_value_float": float("nan")}
+        check("Imputer", [missing], attributes, domain=ML, opset=1)
+    attributes = {"imputed_value_int64s": [7], "replaced_value_int64": 1}
+    check("Imputer", [rng.integers(0, 3, (4, 3))], attributes, domain=ML, opset=1)
+    check("ArrayFeatureExtractor", [x, np.array([2, 0])], domain=ML, opset=1)
+    check("FeatureVectorizer", [x, x[:, :2]], {"inputdimensions": [3, 2]}, domain=ML, opset=1)
+
+
+@quick
+@given(SEEDS)
+def test_categories(seed):
+    rng = np.random.default_rng(seed)
+    texts, numbers = words(rng, 2, 3), rng.integers(-1, 5, (2, 3))
+    check("OneHotEncoder", [numbers], {"cats_int64s": [3, 1, 2]}, domain=ML, opset=1)
+    check("OneHotEncoder", [texts], {"cats_strings": ["b", "a"]}, domain=ML, opset=1)
+    mapping = {
+        "cats_int64s": [3, 1, 2],
+        "cats_strings": ["b", "a", "Cc"],
+        "default_int64": 9,
+        "default_string": "?",
+    }
+    check("CategoryMapper", [numbers], mapping, domain=ML, opset=1)
+    check("CategoryMapper", [texts], mapping, domain=ML, opset=1)
+    check("LabelEncoder", [texts], {"classes_strings": ["b", "a"], "default_int64": 9}, domain=ML, opset=1)
+    check(
+        "LabelEncoder", [numbers], {"classes_strings": ["b", "a"], "default_string": "?"}, domain=ML, opset=1
+    )
+    reals = np.where(numbers < 0, np.float32(np.nan), numbers.astype(np.float32))
+    keys = {"strings": (texts, ["a", "b", "Cc"]), "int64s": (numbers, [3, 1, 2])}
+    keys["floats"] = (reals, [float("nan"), 1.0, 3.0])
+    values = {"strings": ["x", "y", "z"], "int64s": [7, 8, 9], "floats": [0.5, 1.5, 2.5]}
+    known = [("strings", "int64s"), ("strings", "floats"), ("int64s", "strings"), ("int64s", "floats")]
+    for key, value in [*known, ("floats", "strings"), ("floats", "int64s"), ("strings", "strings")]:
+        x, listed = keys[key]
+        attributes = {f"keys_{key}": listed, f"values_{value}": values[value], "default_float": -2.5}
+        if key != "floats":  # onnxruntime finds NaN keys from version 4 on, the specification before
+            check("LabelEncoder", [x], attributes, domain=ML, opset=2)
+        check("LabelEncoder", [x], attributes, domain=ML, opset=4)
+    attributes = {"keys_tensor": np.array([1, 3]), "values_tensor": np.array([5, 6], np.int16)}
+    attributes["default_tensor"] = np.array([4], np.int16)
+    have = run(lookup("LabelEncoder", ML, 4), [np.array([[3, 2, 1]])], attributes)
+    assert have[0].tolist() == [[6, 4, 5]]
+
+
+def test_maps():
+    rows = np.array([[0.5, 0.25], [1, 0]], np.float32)
+    (zipped,) = run(lookup("ZipMap", ML, 1), [rows], {"classlabels_strings": ["a", "b"]})
+    assert zipped == [{"a": 0.5, "b": 0.25}, {"a": 1.0, "b": 0.0}]
+    (vector,) = run(lookup("DictVectorizer", ML, 1), [zipped[0]], {"string_vocabulary": ["b", "c", "a"]})
+    assert vector.tolist() == [[0.25, 0, 0.5]]
+    assert vector.dtype == np.float32
+    cast = lookup("CastMap", ML, 1)
+    assert run(cast, [{2: 1.5, 0: 2.5}], {"cast_to": "TO_INT64"})[0].tolist() == [[2, 1]]
+    sparse = {"cast_to": "TO_FLOAT", "map_form": "SPARSE", "max_map": 3}
+    assert run(cast, [{2: "1.5"}], sparse)[0].tolist() == [[0, 0, 1.5]]
+
+
+def test_tree_of_doubles_and_sets():
+    rng = np.random.default_rng(0)
+    attributes = {
+        "nodes_splits": np.array([0.1, 0.3]),
+        "nodes_featureids": [0, 1],
+        "nodes_modes": np.array([0, 4], np.uint8),
+        "nodes_truenodeids": [0, 1],
+        "nodes_trueleafs": [1, 1],
+        "nodes_falsenodeids": [1, 2],
+        "nodes_falseleafs": [0, 1],
+        "tree_roots": [0],
+        "leaf_targetids": [0, 1, 0],
+        "leaf_weights": np.array([0.5, 0.25, -1.0]),
+        "n_targets": 2,
+    }
+    x = rng.choice([0.05, 0.1, 0.3, 0.7], (9, 2))
+    for aggregate in range(4):
+        for post_transform in (0, 3):  # onnxruntime takes 1 and 2 for each other
+            extra = {"aggregate_function": aggregate, "post_transform": post_transform}
+            check("TreeEnsemble", [x], attributes | extra, domain=ML)
+
+
+def test_trees_that_do_not_end_are_refused():
+    attributes = {
+        "nodes_treeids": [0, 0, 0],
+        "nodes_nodeids": [0, 1, 2],
+        "nodes_modes": ["BRANCH_LEQ", "BRANCH_LEQ", "LEAF"],
+        "nodes_values": [0.0, 0.0, 0.0],
+        "nodes_truenodeids": [1, 0, 0],
+        "nodes_falsenodeids": [2, 2, 0],
+        "nodes_featureids": [0, 0, 0],
+        "target_treeids": [0],
+        "target_nodeids": [2],
+        "target_ids": [0],
+        "target_weights": [1.0],
+    }
+    found = lookup("TreeEnsembleRegressor", ML, 1)
+    with pytest.raises(ValueError, match="cycle"):
+        run(found, [np.array([[-1.0]], np.float32)], attributes)
+    attributes["nodes_truenodeids"] = [9, 2, 0]
+    with pytest.raises(ValueError, match="does not exist"):
+        run(found, [np.array([[-1.0]], np.float32)], attributes)
+
+
+@quick
+@given(SEEDS)
+def test_texts(seed):
+    rng = np.random.default_rng(seed)
+    check("StringConcat", [words(rng, 2, 3), words(rng, 3)])
+    for delimiter in ("", "d"):
+        parts = words(rng, 2, 3) + ("e" if delimiter else "")  # "" has no part in onnxruntime, one in Python
+        check("StringSplit", [parts], {"delimiter": delimiter, "maxsplit": 1}, outputs=2)
+    check("RegexFullMatch", [words(rng, 2, 3)], {"pattern": "[a-d]+"})
+
+
+@pytest.mark.parametrize(
+    ("action", "sensitive", "expected"),
+    [
+        ("NONE", 1, ["A", "b", "Éa"]),
+        ("NONE", 0, ["b", "Éa"]),
+        ("UPPER", 0, ["B", "ÉA"]),
+        ("LOWER", 1, ["a", "b", "éa"]),
+    ],
+)
+def test_string_normalizer(action, sensitive, expected):
+    attributes = {"case_change_action": action, "is_case_sensitive": sensitive, "stopwords": ["a"]}
+    found = lookup("StringNormalizer", "", 10)
+    x = np.array(["a", "A", "b", "Éa"], object)
+    assert run(found, [x], attributes)[0].tolist() == expected
+    assert run(found, [x[None]], attributes)[0].tolist() == [expected]
+    attributes["stopwords"] = ["a", "A", "b", "Éa"]
+    assert run(found, [x], attributes)[0].tolist() == [""]
+
+
+@quick
+@given(SEEDS, st.sampled_from(["TF", "IDF", "TFIDF"]), st.integers(0, 3), st.integers(1, 3), st.booleans())
+def test_n_grams(seed, mode, skips, least, named):
+    rng = np.random.default_rng(seed)
+    pool = [1, 2, 3, 1, 2, 2, 3, 3, 1, 1, 2, 3, 3, 2, 1]
+    attributes = {"max_gram_length": 3, "max_skip_count": skips, "min_gram_length": least, "mode": mode}
+    attributes |= {"ngram_counts": [0, 3, 9], "ngram_indexes": [1, 0, 2, 3, 4, 6, 5, 7]}
+    attributes |= {"weights": rng.random(8).astype(np.float32).tolist()}
+    x = rng.integers(1, 4, (3, 9))
+    if named:
+        attributes["pool_strings"], x = [str(item) for item in pool], x.astype(str).astype(object)
+    else:
+        attributes["pool_int64s"] = pool
+    for given_rows in (x, x[0]):
+        check("TfIdfVectorizer", [given_rows], attributes)
+
+
+@quick
+@given(SEEDS, st.integers(0, 1), st.integers(0, 1), st.sampled_from([None, 3, 8]), st.sampled_from([1, 2]))
+def test_fourier_transforms(seed, inverse, onesided, length, parts):
+    rng = np.random.default_rng(seed)
+    x = floats(rng, 2, 5, 6, parts)
+    size = None if length is None else np.array(length)
+    if inverse and onesided:
+        return  # onnxruntime refuses it; the backend tests have it
+    if onesided and parts == 2:
+        return
+    attributes = {"inverse": inverse, "onesided": onesided}
+    check("DFT", [x, size], attributes | {"axis": 1}, opset=17, rtol=1e-3, atol=1e-4)
+    check("DFT", [x, size, np.array(2)], attributes, opset=20, rtol=1e-3, atol=1e-4)
+    signal = floats(rng, 2, 30, 1)
+    inputs = [signal, np.array(3), floats(rng, 8), np.array(8)]
+    check("STFT", inputs, {"onesided": onesided}, opset=17, rtol=1e-3, atol=1e-4)
+
+
+def test_windows():
+    for op_type in ("HannWindow", "HammingWindow", "BlackmanWindow"):
+        for periodic in (0, 1):
+            check(op_type, [np.array(9)], {"periodic": periodic}, opset=17, atol=1e-6)
+            one = run(lookup(op_type, "", 17), [np.array(1)], {"periodic": periodic})[0]
+            assert np.isfinite(one).all()
+    numbers = [
+        np.array(8),
+        np.array(64),
+        np.array(8192),
+        np.array(100.0, np.float32),
+        np.array(4000.0, np.float32),
+    ]
+    check("MelWeightMatrix", numbers, opset=17)
+
+
+@quick
+@given(SEEDS, st.sampled_from(["none", "sum", "mean"]), st.booleans(), st.sampled_from([None, 1, -1]))
+def test_losses(seed, reduction, weighted, ignored):
+    rng = np.random.default_rng(seed)
+    scores, target = floats(rng, 3, 4, 2), rng.integers(0, 4, (3, 2))
+    target[0, 0] = 1 if ignored is None else ignored
+    target[1, 0] = 2
+    weight = rng.random(4).astype(np.float32) + 0.1 if weighted else None
+    attributes = {"reduction": reduction} | ({} if ignored is None else {"ignore_index": ignored})
+    check("NegativeLogLikelihoodLoss", [scores, target, weight], attributes, opset=13)
+    check("SoftmaxCrossEntropyLoss", [scores, target, weight], attributes, outputs=2, opset=13)
+
+
+def test_random_numbers():
+    random_draws.reseed(1)
+    shape = (200, 50)
+    like = np.zeros(shape, np.float32)
+    (normal,) = run(
+        lookup("RandomNormal", "", 22), [], {"shape": shape, "mean": 3.0, "scale": 2.0, "dtype": 11}
+    )
+    assert normal.shape == shape
+    assert normal.dtype == np.float64
+    assert abs(normal.mean() - 3) < 0.1
+    assert abs(normal.std() - 2) < 0.1
+    (uniform,) = run(lookup("RandomUniformLike", "", 22), [like], {"low": -1.0, "high": 3.0})
+    assert uniform.dtype == np.float32
+    assert uniform.min() >= -1
+    assert uniform.max() <= 3
+    assert abs(uniform.mean() - 1) < 0.1
+    (half,) = run(lookup("RandomNormalLike", "", 22), [like], {"dtype": 10})
+    assert half.dtype == np.float16
+    (even,) = run(lookup("RandomUniform", "", 1), [], {"shape": [4], "seed": 5.0})
+    again = run(lookup("RandomUniform", "", 1), [], {"shape": [4], "seed": 5.0})[0]
+    assert even.tolist() == again.tolist()
+    assert even.tolist() != run(lookup("RandomUniform", "", 1), [], {"shape": [4]})[0].tolist()
+    (coin,) = run(lookup("Bernoulli", "", 22), [like + np.float32(0.3)], {"dtype": 6})
+    assert coin.dtype == np.int32
+    assert abs(coin.mean() - 0.3) < 0.05
+    logits = np.log(np.array([[1, 2, 7], [5, 5, 0.0001]], np.float32))
+    (classes,) = run(lookup("Multinomial", "", 7), [logits], {"sample_size": 4000, "dtype": 7})
+    assert classes.dtype == np.int64
+    shares = np.bincount(classes[0], minlength=3) / 4000
+    np.testing.assert_allclose(shares, [0.1, 0.2, 0.7], atol=0.04)
+    assert classes[1].max() <= 2
+    x = np.ones(shape, np.float32)
+    dropped, mask = run(
+        lookup("Dropout", "", 22), [x, np.array(0.25, np.float32), np.array(True)], {"seed": 3}
+    )
+    assert abs(mask.mean() - 0.75) < 0.02
+    np.testing.assert_allclose(dropped, mask / 0.75, rtol=1e-6)
+    kept, mask = run(lookup("Dropout", "", 10), [x], {})
+    assert kept is x
+    assert mask.all()
+
+
+def microsoft_schemas():
+    bindings = pytest.importorskip("onnxruntime.capi.onnxruntime_pybind11_state")
+    return {s.name: s for s in bindings.get_all_operator_schema() if s.domain == MS}
+
+
+@pytest.mark.parametrize("known", [k for k in kernels() if k.domain == MS], ids=lambda known: known.op_type)
+def test_signature_is_that_of_onnxruntime(known):
+    schema = microsoft_schemas()[known.op_type]
+    parameters = inspect.signature(known.function).parameters
+    inputs = [p for p in parameters.values() if p.kind is not p.KEYWORD_ONLY]
+    assert [p.name for p in inputs] == [i.name for i in schema.inputs]
+    for parameter, formal in zip(inputs, schema.inputs, strict=True):
+        option = str(formal.option).rsplit(".", 1)[-1]
+        assert (parameter.kind is parameter.VAR_POSITIONAL) == (option == "Variadic")
+        if parameter.default is None:
+            assert option == "Optional"
+    named = {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+    assert set(named) == set(schema.attributes)
+    for name, attribute in schema.attributes.items():
+        default = onnx.AttributeProto.FromString(attribute._default_value)
+        if attribute.required:
+            assert named[name].default is inspect.Parameter.empty
+        elif not default.name:
+            assert named[name].default is None
+        else:
+            value = helper.get_attribute_value(default)
+            value = value.decode() if isinstance(value, bytes) else value
+            assert named[name].default == (pytest.approx(value) if isinstance(value, float) else value)

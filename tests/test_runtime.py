@@ -446,3 +446,58 @@ def test_random_models(runner, model):
         condition = kind.tensor_type.elem_type == TensorProto.BOOL
         feed[name] = np.array(True) if condition else random.standard_normal(shape).astype(np.float32)
     agrees(graph, feed, runner)
+
+
+def test_what_needs_constants_only_is_computed_once(monkeypatch):
+    seen = []
+    graph = Graph.parse(f"""{HEAD} g (float[2] x) => (float[2] y, float[2] k) {{
+      one = Constant <value = float[2] {{1, 2}}> ()
+      two = Neg(one)
+      k = Exp(two)
+      r = RandomUniformLike(one)
+      z = Mul(r, r)
+      s = Add(x, k)
+      y = Add(s, z)
+    }}""")
+    interpreter = Interpreter(graph)
+    feed = {"x": np.zeros(2, np.float32)}
+    first = interpreter.run(feed, hook=lambda node, *_: seen.append(node.op_type))
+    assert seen == ["RandomUniformLike", "Mul", "Add", "Add"]
+    np.testing.assert_allclose(first["k"], np.exp([-1, -2]), rtol=1e-6)
+    assert interpreter.run(feed)["k"] is first["k"]
+    assert interpreter.run(feed)["y"].tolist() != interpreter.run(feed)["y"].tolist()  # draws go on
+    assert interpreter.run(feed, ["two"])["two"].tolist() == [-1, -2]
+    assert list(interpreter.run(feed, until="two")) == ["two"]
+
+
+def test_errors_of_constant_nodes_name_them():
+    graph = Graph.parse(f"""{HEAD} g (float[2] x) => (float[2] y) {{
+      one = Constant <value = float[2] {{1, 2}}> ()
+      three = Constant <value = float[3] {{1, 2, 3}}> ()
+      [inner] bad = Add(one, three)
+      y = Add(x, bad)
+    }}""")
+    with pytest.raises(RunError, match="^node 'inner' \\(Add\\)"):
+        runtime.run(graph, {"x": np.zeros(2, np.float32)})
+
+
+def test_scalars_may_be_fed_in_any_shape():
+    graph = Graph.parse(f"{HEAD} g (float x) => (float y) {{ y = Neg(x) }}")
+    assert runtime.run(graph, {"x": np.ones(1, np.float32)})["y"].tolist() == [-1]
+
+
+@pytest.mark.parametrize("hook", [None, lambda *_: None])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("y = Add(x, i)", "node of 'y' \\(Add\\): input B takes tensor\\(float\\) as A does, got tensor\\(int64\\)"),
+        ("y = Softmax(i)", "input input takes .*tensor\\(float\\).* got tensor\\(int64\\)"),
+        ("y = Concat <axis = 0> (x, x, i)", "input inputs takes tensor\\(float\\) as inputs does"),
+        ("y = If (x) <then_branch = t () => (float[n] p) {p = Neg(x)}, else_branch = e () => (float[n] q) {q = Neg(x)}>",
+         "\\(If\\): input cond takes tensor\\(bool\\), got tensor\\(float\\)"),
+    ],
+)  # fmt: skip
+def test_types_are_checked(text, message, hook):
+    graph = Graph.parse(f"{HEAD} g (float[2] x, int64[2] i) => (float[n] y) {{ {text} }}")
+    with pytest.raises(RunError, match=message):
+        runtime.run(graph, {"x": FEED["x"], "i": np.ones(2, np.int64)}, hook=hook)

@@ -20,9 +20,56 @@ KINDS = ("node", "simple", "pytorch-converted", "pytorch-operator")
 NEEDED = 1960
 
 IMAGES = "decodes compressed images, which NumPy alone cannot"
+HALF = "the reference rounds to the half type between all steps, we do so where a value leaves a node"
 TRAINING = "training preview: gradients and optimizer steps are not inference"
 
-EXCLUDED: dict[str, str] = {}
+EXCLUDED: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            "test_attention_3d_causal_bf16",
+            "test_attention_3d_causal_bf16_expanded",
+            "test_attention_4d_attn_mask_causal_bf16",
+            "test_attention_4d_attn_mask_causal_bf16_expanded",
+            "test_attention_4d_causal_bf16",
+            "test_attention_4d_causal_bf16_expanded",
+            "test_attention_4d_causal_fp16",
+            "test_attention_4d_causal_fp16_expanded",
+            "test_attention_4d_causal_padded_kv_bf16",
+            "test_attention_4d_causal_padded_kv_bf16_expanded",
+            "test_attention_4d_padded_kv_bf16",
+            "test_attention_4d_padded_kv_bf16_expanded",
+        ),
+        HALF,
+    ),
+    **dict.fromkeys(
+        (
+            "test_image_decoder_decode_bmp_rgb",
+            "test_image_decoder_decode_jpeg2k_rgb",
+            "test_image_decoder_decode_jpeg_bgr",
+            "test_image_decoder_decode_jpeg_grayscale",
+            "test_image_decoder_decode_jpeg_rgb",
+            "test_image_decoder_decode_png_rgb",
+            "test_image_decoder_decode_pnm_rgb",
+            "test_image_decoder_decode_tiff_rgb",
+            "test_image_decoder_decode_webp_rgb",
+        ),
+        IMAGES,
+    ),
+    **dict.fromkeys(
+        (
+            "test_adagrad",
+            "test_adagrad_multiple",
+            "test_adam",
+            "test_adam_multiple",
+            "test_gradient_of_add",
+            "test_gradient_of_add_and_mul",
+            "test_momentum",
+            "test_momentum_multiple",
+            "test_nesterov_momentum",
+        ),
+        TRAINING,
+    ),
+}
 """Cases that are not passed, each with its reason."""
 
 DRAWS = (

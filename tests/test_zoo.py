@@ -5,11 +5,12 @@ import pytest
 from onnxslim_lab import Graph, Runner
 from onnxslim_lab.base import Context
 from onnxslim_lab.engine import node_count
+from onnxslim_lab.judging import NOISE_FACTOR, TOLERANCE, departure
 from onnxslim_lab.metrics import compare_outputs
 from onnxslim_lab.passes.encode import Encode
 from onnxslim_lab.passes.fold_constants import FoldConstants
 from onnxslim_lab.passes.simplify import Simplify
-from onnxslim_lab.verify import NOISE_FACTOR, TOLERANCE, check_model, departure
+from onnxslim_lab.verify import check_model
 
 # Nodes after `simplify`: the fewest that any other optimizer reaches with a right result.
 FEWEST = {
