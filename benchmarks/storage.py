@@ -203,7 +203,8 @@ def main() -> int:
         print(json.dumps(asdict(row)))
         return 0
     names = options.models.split(",") if options.models else zoo.names()
-    print(f"prune:sparsity={options.sparsity},scope=layer  share:bits={options.bits}  encode\n")
+    passes = f"prune:sparsity={options.sparsity},scope=layer share:bits={options.bits} encode"
+    print(f"{passes}\n")
     columns = ["model", "kB", "simplify + encode", "prune + share + encode", "ratio", "load s", "after"]
     columns += ["decoded", "outputs differ", "accuracy"]
     print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
@@ -212,13 +213,14 @@ def main() -> int:
         rows.append(measure_apart(name, options.sparsity, options.bits))
         print(rows[-1].markdown(), flush=True)
     if options.json:
-        document = [
+        figures = [
             {
                 key: None if isinstance(value, float) and math.isnan(value) else value
                 for key, value in row.items()
             }
             for row in map(asdict, rows)
         ]
+        document = {"passes": passes, "rows": figures}
         options.json.write_text(json.dumps(document, indent=1), encoding="utf-8")
     default = (options.sparsity, options.bits) == (DEFAULT_SPARSITY, DEFAULT_BITS)
     lines = [line for row in rows for line in row.missed(default_settings=default)]

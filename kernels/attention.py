@@ -43,9 +43,7 @@ def heads(name: str, x: Array, count: int | None) -> Array:
     return x.reshape(x.shape[0], x.shape[1], count, -1).transpose(0, 2, 1, 3)
 
 
-def visible(
-    queries: int, keys: int, offset: Array, filled: Array | None, settings: Settings
-) -> Array | None:
+def visible(queries: int, keys: int, offset: Array, filled: Array | None, settings: Settings) -> Array | None:
     """Return which keys each query may attend, bool (batch or 1, 1, queries, keys); None for all.
 
     Args:
@@ -118,7 +116,9 @@ def attention(
         before = past[0].shape[2]
         k, v = np.concatenate([past[0], k], axis=2), np.concatenate([past[1], v], axis=2)
     if q.shape[1] % max(k.shape[1], 1) or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"Attention: Q {q.shape}, K {k.shape} and V {v.shape} (by heads) do not fit together")
+        raise ValueError(
+            f"Attention: Q {q.shape}, K {k.shape} and V {v.shape} (by heads) do not fit together"
+        )
     batch, count, queries, size = q.shape
     keys, shared = k.shape[2], k.shape[1]
     scale = 1 / math.sqrt(size) if settings.scale is None else settings.scale
@@ -270,7 +270,9 @@ def RotaryEmbedding(
     """
     if X.ndim == 3:
         if not num_heads or X.shape[2] % num_heads:
-            raise ValueError(f"RotaryEmbedding: X {X.shape} does not divide into num_heads, which is {num_heads}")
+            raise ValueError(
+                f"RotaryEmbedding: X {X.shape} does not divide into num_heads, which is {num_heads}"
+            )
         x = X.reshape(*X.shape[:2], num_heads, -1)
     elif X.ndim == 4:
         x = X.transpose(0, 2, 1, 3)

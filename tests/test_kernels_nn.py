@@ -25,7 +25,8 @@ def reference(op_type, inputs, attributes, outputs, opset):
     feeds = {name: value for name, value in zip(names, inputs, strict=True) if name}
     results = [f"o{k}" for k in range(outputs)]
     declared = [
-        helper.make_tensor_value_info(name, NUMBERS[value.dtype], value.shape) for name, value in feeds.items()
+        helper.make_tensor_value_info(name, NUMBERS[value.dtype], value.shape)
+        for name, value in feeds.items()
     ]
     node = helper.make_node(op_type, names, results, **attributes)
     graph = helper.make_graph([node], "g", declared, [onnx.ValueInfoProto(name=name) for name in results])
@@ -108,7 +109,9 @@ def test_ways_to_convolve_agree_at_tile_borders(window, seed, group, batch):
     x = normal(random, batch, group * 2, *lengths, dtype=np.float64)
     w = normal(random, group * 3, 2, *attributes["kernel_shape"], dtype=np.float64)
     try:
-        slid = slide("Conv", lengths, **{"kernel" if k == "kernel_shape" else k: v for k, v in attributes.items()})
+        slid = slide(
+            "Conv", lengths, **{"kernel" if k == "kernel_shape" else k: v for k, v in attributes.items()}
+        )
     except ValueError:
         assume(False)
     assume(np.prod(slid.output) > 0)
@@ -151,7 +154,9 @@ def test_conv_transpose(window, seed, group, channels, rows, extra):
         # onnxruntime makes the output shorter than the specification where the kernel is
         attributes["strides"] = np.minimum(attributes["strides"], attributes["kernel_shape"]).tolist()
     given_padding = {} if padding is None else {"output_padding": padding}
-    check("ConvTranspose", [x, w, normal(random, group * rows)], {**attributes, **given_padding, "group": group})
+    check(
+        "ConvTranspose", [x, w, normal(random, group * rows)], {**attributes, **given_padding, "group": group}
+    )
 
 
 @few
@@ -241,7 +246,12 @@ def test_normalizations(seed, batch, spatial_rank, spoiled):
         check("LpNormalization", [x], {"axis": 1, "p": int(random.integers(1, 3))})
         axis = int(random.integers(-x.ndim, x.ndim))
         shape = x.shape[axis:] if axis < 0 else x.shape[axis:]
-        check("LayerNormalization", [x, normal(random, *shape), normal(random, *shape)], {"axis": axis}, outputs=3)
+        check(
+            "LayerNormalization",
+            [x, normal(random, *shape), normal(random, *shape)],
+            {"axis": axis},
+            outputs=3,
+        )
         if spatial_rank:
             check("InstanceNormalization", [x, scale, bias])
 
@@ -304,7 +314,12 @@ def test_grid_sample(seed, mode, padding, align):
 
 
 @few
-@given(seeds, st.sampled_from(["avg", "max"]), st.integers(0, 3), st.sampled_from(["half_pixel", "output_half_pixel"]))
+@given(
+    seeds,
+    st.sampled_from(["avg", "max"]),
+    st.integers(0, 3),
+    st.sampled_from(["half_pixel", "output_half_pixel"]),
+)
 def test_roi_align(seed, mode, ratio, transformation):
     random = np.random.default_rng(seed)
     corners = np.sort(random.random((5, 2, 2)) * 14 - 2, axis=1).reshape(5, 4).astype(np.float32)
@@ -320,7 +335,12 @@ def test_max_roi_pool(seed):
     random = np.random.default_rng(seed)
     corners = np.sort(random.integers(0, 9, (5, 2, 2)), axis=1).reshape(5, 4).astype(np.float32)
     rois = np.concatenate([random.integers(0, 2, (5, 1)).astype(np.float32), corners], axis=1)
-    check("MaxRoiPool", [normal(random, 2, 3, 9, 8), rois], {"pooled_shape": [2, 3], "spatial_scale": 0.75}, opset=13)
+    check(
+        "MaxRoiPool",
+        [normal(random, 2, 3, 9, 8), rois],
+        {"pooled_shape": [2, 3], "spatial_scale": 0.75},
+        opset=13,
+    )
 
 
 @few
@@ -372,7 +392,9 @@ def test_prelu(seed, shape):
 def test_attention(seed, causal, flattened, cached, mask_type):
     random = np.random.default_rng(seed)
     batch, queries, keys, size, count, shared = 2, 3, 4, 5, 4, 2
-    q, k, v = (normal(random, batch, h, n, size) for h, n in ((count, queries), (shared, keys), (shared, keys)))
+    q, k, v = (
+        normal(random, batch, h, n, size) for h, n in ((count, queries), (shared, keys), (shared, keys))
+    )
     past = [normal(random, batch, shared, 2, size) if cached else None for _ in range(2)]
     mask = normal(random, queries, keys + 2 * cached)
     mask = None if mask_type is None else mask > -1 if mask_type is np.bool_ else mask
@@ -401,7 +423,9 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("op_type", "shapes", "attributes", "text"), WRONG, ids=[row[0] + row[3] for row in WRONG])
+@pytest.mark.parametrize(
+    ("op_type", "shapes", "attributes", "text"), WRONG, ids=[row[0] + row[3] for row in WRONG]
+)
 def test_errors_say_what_was_expected(op_type, shapes, attributes, text):
     inputs = [np.ones(shape, np.float32) for shape in shapes]
     with pytest.raises(ValueError, match=text):

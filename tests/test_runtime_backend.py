@@ -21,7 +21,7 @@ NEEDED = 1960
 
 IMAGES = "decodes compressed images, which NumPy alone cannot"
 HALF = "the reference rounds to the half type between all steps, we do so where a value leaves a node"
-TRAINING = "training preview: gradients and optimizer steps are not inference"
+TRAINING = "training preview: Gradient differentiates a graph, it does not run one"
 
 EXCLUDED: dict[str, str] = {
     **dict.fromkeys(
@@ -55,20 +55,8 @@ EXCLUDED: dict[str, str] = {
         ),
         IMAGES,
     ),
-    **dict.fromkeys(
-        (
-            "test_adagrad",
-            "test_adagrad_multiple",
-            "test_adam",
-            "test_adam_multiple",
-            "test_gradient_of_add",
-            "test_gradient_of_add_and_mul",
-            "test_momentum",
-            "test_momentum_multiple",
-            "test_nesterov_momentum",
-        ),
-        TRAINING,
-    ),
+    "test_gradient_of_add": TRAINING,
+    "test_gradient_of_add_and_mul": TRAINING,
 }
 """Cases that are not passed, each with its reason."""
 
@@ -196,7 +184,7 @@ def test_official_cases(part):
             continue
         problem = problem_of(case)
         if case.name in EXCLUDED:
-            if not problem:
+            if not problem and EXCLUDED[case.name] is not HALF:  # another BLAS may round alike
                 passing.append(case.name)
         elif problem:
             wrong.append(f"{case.name}: {problem}")

