@@ -29,8 +29,8 @@ def LeakyRelu(X: Array, *, alpha: float = 0.01) -> Array:
 
 @kernel("Sigmoid", since=1)
 def Sigmoid(X: Array) -> Array:
-    """Return 1 / (1 + exp(-X)) without overflow."""
-    result = np.negative(wide(X))  # exp overflows to infinity, whose reciprocal is the limit
+    """Return 1 / (1 + exp(-X)); exp overflows to infinity, whose reciprocal is the limit."""
+    result = np.negative(wide(X))
     np.exp(result, out=result)
     result += 1
     np.reciprocal(result, out=result)
@@ -79,8 +79,10 @@ def log_softmax(x: Array, axis: int | tuple[int, ...]) -> Array:
 
 def softmax(x: Array, axis: int | tuple[int, ...]) -> Array:
     """Return exp(x) scaled to the sum 1 along the axis, without overflow."""
-    powers = np.exp(x - np.max(x, axis=axis, keepdims=True, initial=-np.inf))
-    return np.asarray(powers / np.sum(powers, axis=axis, keepdims=True))
+    powers = np.asarray(x - np.max(x, axis=axis, keepdims=True, initial=-np.inf))
+    np.exp(powers, out=powers)
+    powers /= np.sum(powers, axis=axis, keepdims=True)
+    return powers
 
 
 def trailing(x: Array, axis: int) -> tuple[int, ...]:
@@ -91,13 +93,13 @@ def trailing(x: Array, axis: int) -> tuple[int, ...]:
 @kernel("Softmax", since=1)
 def Softmax_1(input: Array, *, axis: int = 1) -> Array:
     """Return the softmax over all axes from `axis` on."""
-    return softmax(wide(input), trailing(input, axis)).astype(input.dtype)
+    return softmax(wide(input), trailing(input, axis)).astype(input.dtype, copy=False)
 
 
 @kernel("Softmax", since=13)
 def Softmax_13(input: Array, *, axis: int = -1) -> Array:
     """Return the softmax along `axis`."""
-    return softmax(wide(input), axis).astype(input.dtype)
+    return softmax(wide(input), axis).astype(input.dtype, copy=False)
 
 
 @kernel("LogSoftmax", since=1)

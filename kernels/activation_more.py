@@ -50,7 +50,7 @@ def Celu(X: Array, *, alpha: float = 1.0) -> Array:
     x = wide(X)
     factor = scalar(alpha, x)
     below = np.minimum(factor * np.expm1(x / factor), scalar(0, x))
-    return (np.maximum(x, scalar(0, x)) + below).astype(X.dtype, copy=False)
+    return np.asarray(np.maximum(x, scalar(0, x)) + below, X.dtype)
 
 
 def softplus(x: Array) -> Array:

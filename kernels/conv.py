@@ -7,16 +7,12 @@ are one run of the padded input (with a few positions between rows that are drop
 
 from __future__ import annotations
 
-import itertools
-import math
-from dataclasses import dataclass
-
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
 
 from onnxslim_lab.kernels.activation import wide
+from onnxslim_lab.kernels.conv_layout import dropped, layout
 from onnxslim_lab.kernels.registry import Array, kernel
-from onnxslim_lab.kernels.windows import Ints, Window, fold, pad_spatial, paddings, slide, spread, volume
+from onnxslim_lab.kernels.windows import Ints, Window, pad_spatial, region, slide, volume
 
 TILE = 1 << 18
 """Elements of a tile of columns: what fits the second level cache."""
@@ -24,8 +20,6 @@ NARROWEST = 256
 """Positions that a product has at least: below that packing the weights dominates."""
 WASTE = 12
 """Multiplications per copied element that the dropped positions may cost before exact is faster."""
-
-
 PLANES = 9
 """Planes that the input is split into at most; greater strides take the exact way."""
 
@@ -62,152 +56,50 @@ def convolve(x: Array, w: Array, bias: Array | None, window: Window, groups: int
     if window.is_pointwise:
         return pointwise(x, w, bias, window, groups)
     rows = w.shape[0] // groups
-    inner = [
-        -(-(length + begin + end) // stride)
-        for length, begin, end, stride in zip(
-            window.lengths, window.begins, window.ends, window.strides, strict=True
-        )
-    ][1:]
-    dropped = volume(inner) / volume(window.output[1:]) - 1
-    if rows * dropped > WASTE or volume(window.strides) > PLANES:
+    if rows * dropped(window) > WASTE or volume(window.strides) > PLANES:
         return exact(x, w, bias, window, groups)
     return flat(x, w, bias, window, groups)
 
 
 def pointwise(x: Array, w: Array, bias: Array | None, window: Window, groups: int) -> Array:
     """Convolve with a kernel of one point: a plain product."""
-    taken = x[(..., *(slice(None, None, stride) for stride in window.strides))]
+    taken = x[region(slice(None, None, stride) for stride in window.strides)]
     columns = taken.reshape(x.shape[0], groups, x.shape[1] // groups, -1)
-    y = np.matmul(w.reshape(groups, w.shape[0] // groups, -1), columns)
+    y: Array = np.matmul(w.reshape(groups, w.shape[0] // groups, -1), columns)
     y = y.reshape(x.shape[0], w.shape[0], -1)
     if bias is not None:
         y += bias[:, None]
     return y.reshape(x.shape[0], w.shape[0], *window.output)
 
 
-@dataclass(frozen=True)
-class Taps:
-    """Taps of one axis that read the same plane at even distances.
-
-    Attributes:
-        taps: Which of the kernel's taps.
-        residue: Which plane: the position modulo the stride.
-        first, step: Position in the plane of the first of them, and distance of the following.
-    """
-
-    taps: slice
-    residue: int
-    first: int
-    step: int
-
-
-def taps_of(size: int, stride: int, dilation: int) -> list[Taps]:
-    """Return the taps of one axis, grouped by the plane they read.
-
-    >>> taps_of(3, 2, 1)
-    [Taps(taps=slice(0, 3, 2), residue=0, first=0, step=1), Taps(taps=slice(1, 3, 2), residue=1, first=0, step=1)]
-    """
-    period = stride // math.gcd(stride, dilation)
-    return [
-        Taps(
-            slice(tap, size, period),
-            tap * dilation % stride,
-            tap * dilation // stride,
-            dilation * period // stride,
-        )
-        for tap in range(min(period, size))
-    ]
-
-
-def phases(x: Array, window: Window) -> tuple[Array, tuple[int, ...]]:
-    """Lay out the padded input so that every tap reads one run of positions.
-
-    With strides the input is split into its residues modulo the stride, each a contiguous plane.
-
-    Returns:
-        (N, C, planes * positions) and the lengths of a plane.
-    """
-    planes = []
-    for axis, (length, stride) in enumerate(zip(window.lengths, window.strides, strict=True)):
-        span = (window.kernel[axis] - 1) * window.dilations[axis] + 1
-        needed = max((window.output[axis] - 1) * stride + span, length + window.begins[axis])
-        planes.append(-(-needed // stride))
-    if tuple(planes) == x.shape[2:] and volume(window.strides) == 1:
-        return np.ascontiguousarray(x).reshape(*x.shape[:2], -1), tuple(planes)
-    result = np.zeros((*x.shape[:2], *window.strides, *planes), x.dtype)
-    for residues in np.ndindex(*window.strides):
-        target, source = [], []
-        for residue, begin, length, stride in zip(
-            residues, window.begins, window.lengths, window.strides, strict=True
-        ):
-            low = max(0, -((residue - begin) // stride))
-            first = low * stride + residue - begin
-            target.append(slice(low, low + max(0, -((first - length) // stride))))
-            source.append(slice(first, None, stride))
-        result[(slice(None), slice(None), *residues, *target)] = x[(slice(None), slice(None), *source)]
-    return result.reshape(*x.shape[:2], -1), tuple(planes)
-
-
-def runs(source: Array, window: Window, planes: Ints, length: int) -> list[tuple[tuple[slice, ...], Array]]:
-    """Return for groups of taps which they are and, without a copy, all that they read.
-
-    Args:
-        source: (N, groups, channels, planes * positions), contiguous.
-
-    Returns:
-        Slices of the kernel's axes; views (N, groups, channels, taps of these..., length).
-    """
-    steps = [volume(planes[axis + 1 :]) for axis in range(len(planes))]
-    per_axis = [
-        taps_of(*triple) for triple in zip(window.kernel, window.strides, window.dilations, strict=True)
-    ]
-    result = []
-    for group in itertools.product(*per_axis):
-        plane = 0
-        for stride, axis in zip(window.strides, group, strict=True):
-            plane = plane * stride + axis.residue
-        start = plane * volume(planes) + sum(a.first * n for a, n in zip(group, steps, strict=True))
-        counts = [len(range(size)[a.taps]) for a, size in zip(group, window.kernel, strict=True)]
-        strides = [a.step * n * source.itemsize for a, n in zip(group, steps, strict=True)]
-        view = as_strided(
-            source[..., start:],
-            (*source.shape[:3], *counts, length),
-            (*source.strides[:3], *strides, source.itemsize),
-            writeable=False,
-        )
-        result.append((tuple(a.taps for a in group), view))
-    return result
-
-
 def flat(x: Array, w: Array, bias: Array | None, window: Window, groups: int) -> Array:
     """Convolve over runs of the padded input; see the module."""
-    source, planes = phases(x, window)
-    steps = [volume(planes[axis + 1 :]) for axis in range(len(planes))]
-    length = 1 + sum((count - 1) * step for count, step in zip(window.output, steps, strict=True))
+    plan = layout(window)
     batch, channels = x.shape[0], x.shape[1] // groups
-    rows, taps = w.shape[0] // groups, volume(window.kernel)
-    depth = channels * taps
+    rows, depth = w.shape[0] // groups, channels * volume(window.kernel)
     matrix = w.reshape(groups, rows, depth)
-    views = runs(source.reshape(batch, groups, channels, -1), window, planes, length)
-    y = np.empty((batch, groups, rows, window.output[0] * steps[0]), x.dtype)
-    wide_tile = min(length, max(NARROWEST, TILE // depth))
-    tall_tile = min(groups, max(1, TILE // (depth * wide_tile)))
+    views = plan.views(plan.arrange(x, window).reshape(batch, groups, channels, -1))
+    y = np.empty((batch, groups, rows, window.output[0] * volume(plan.planes[1:])), x.dtype)
+    tile = TILE if rows > 1 else TILE // 4  # one row reads its columns only once
+    wide_tile = min(plan.length, max(NARROWEST, tile // depth))
+    tall_tile = min(groups, max(1, tile // (depth * wide_tile)))
     buffer = np.empty(tall_tile * depth * wide_tile, x.dtype)
+    every = (slice(None), slice(None))
     for n in range(batch):
         for g in range(0, groups, tall_tile):
             block = slice(g, min(g + tall_tile, groups))
-            for first in range(0, length, wide_tile):
-                part = slice(first, min(first + wide_tile, length))
+            for first in range(0, plan.length, wide_tile):
+                part = slice(first, min(first + wide_tile, plan.length))
                 size = (block.stop - g, channels, *window.kernel, part.stop - first)
                 columns = buffer[: volume(size)].reshape(size)
-                for places, view in views:
-                    columns[(slice(None), slice(None), *places)] = view[n, block, ..., part]
+                for taps, view in views:
+                    columns[(*every, *taps)] = view[n, block, ..., part]
                 product = columns.reshape(block.stop - g, depth, -1)
                 np.matmul(matrix[block], product, out=y[n, block, :, part])
-    grid = y.reshape(batch, w.shape[0], window.output[0], *planes[1:])
-    kept = grid[(..., *(slice(count) for count in window.output))]
+    grid = y.reshape(batch, w.shape[0], window.output[0], *plan.planes[1:])
+    kept: Array = grid[region(slice(count) for count in window.output)]
     if bias is not None:
-        return np.add(kept, bias.reshape(-1, *[1] * len(window.output)))
+        return np.asarray(kept + bias.reshape(-1, *[1] * len(window.output)))
     return np.ascontiguousarray(kept)
 
 
@@ -219,15 +111,16 @@ def exact(x: Array, w: Array, bias: Array | None, window: Window, groups: int) -
     matrix = w.reshape(groups, rows, depth)
     source = padded.reshape(batch, groups, channels, *padded.shape[2:])
     jumps = source.strides[3:]
-    view = as_strided(
-        source,
+    view: Array = np.ndarray(
         (*source.shape[:3], *window.kernel, *window.output),
+        source.dtype,
+        source,
+        0,
         (
             *source.strides[:3],
             *(jump * gap for jump, gap in zip(jumps, window.dilations, strict=True)),
             *(jump * step for jump, step in zip(jumps, window.strides, strict=True)),
         ),
-        writeable=False,
     )
     per_row = volume(window.output[1:])
     height, rank = window.output[0], len(window.output)
@@ -271,85 +164,3 @@ def Conv(
     window = slide("Conv", X.shape[2:], W.shape[2:], strides, dilations, pads, auto_pad)
     bias = None if B is None else wide(B)
     return convolve(wide(X), wide(W), bias, window, group).astype(X.dtype, copy=False)
-
-
-@kernel("ConvTranspose", since=1)
-def ConvTranspose(
-    X: Array,
-    W: Array,
-    B: Array | None = None,
-    *,
-    auto_pad: str = "NOTSET",
-    dilations: Ints | None = None,
-    group: int = 1,
-    kernel_shape: Ints | None = None,
-    output_padding: Ints | None = None,
-    output_shape: Ints | None = None,
-    pads: Ints | None = None,
-    strides: Ints | None = None,
-) -> Array:
-    """Return the transposed convolution of X (N, C, ...) with W (C, M / group, ...) plus B (M,).
-
-    Raises:
-        ValueError: The shapes or attributes do not fit.
-    """
-    check("ConvTranspose", X, W, B, group, kernel_shape)
-    rank = X.ndim - 2
-    steps = spread("ConvTranspose", "strides", strides, rank, 1)
-    gaps = spread("ConvTranspose", "dilations", dilations, rank, 1)
-    extra = list(output_padding or [0] * rank)
-    begins, ends = paddings("ConvTranspose", None if auto_pad != "NOTSET" else pads, rank)
-    if output_shape and len(output_shape) not in {rank, rank + 2}:
-        raise ValueError(f"ConvTranspose: output_shape has {len(output_shape)} entries, expected {rank}")
-    lengths = []
-    for axis in range(rank):
-        span = (W.shape[2 + axis] - 1) * gaps[axis] + 1
-        full = (X.shape[2 + axis] - 1) * steps[axis] + extra[axis] + span
-        same = auto_pad in {"SAME_UPPER", "SAME_LOWER"}
-        if output_shape or same:
-            length = list(output_shape)[axis - rank] if output_shape else X.shape[2 + axis] * steps[axis]
-            missing = max(full - length, 0)
-            smaller, greater = missing // 2, missing - missing // 2
-            upper = auto_pad == "SAME_UPPER"
-            begins[axis], ends[axis] = (smaller, greater) if upper else (greater, smaller)
-        else:
-            length = full - begins[axis] - ends[axis]
-        if length < 0:
-            raise ValueError(f"ConvTranspose: spatial axis {axis} would have the length {length}")
-        lengths.append(length)
-    window = Window(tuple(lengths), W.shape[2:], steps, gaps, tuple(begins), tuple(ends), X.shape[2:])
-    batch, outputs = X.shape[0], W.shape[1]
-    matrix = wide(W).reshape(group, W.shape[0] // group, math.prod(W.shape[1:])).transpose(0, 2, 1)
-    inputs = wide(X).reshape(batch, group, W.shape[0] // group, math.prod(X.shape[2:]))
-    columns = np.matmul(matrix, inputs).reshape(batch, group * outputs, *W.shape[2:], *X.shape[2:])
-    y = fold(columns, window)
-    if B is not None:
-        y += wide(B).reshape(-1, *[1] * rank)
-    return y.astype(X.dtype, copy=False)
-
-
-@kernel("Col2Im", since=18)
-def Col2Im(
-    input: Array,
-    image_shape: Array,
-    block_shape: Array,
-    *,
-    dilations: Ints | None = None,
-    pads: Ints | None = None,
-    strides: Ints | None = None,
-) -> Array:
-    """Return the images (N, C, ...) whose blocks, columns of input (N, C * block, blocks), are summed.
-
-    Raises:
-        ValueError: The number of blocks or of rows does not fit.
-    """
-    kernel_shape = block_shape.tolist()
-    window = slide("Col2Im", image_shape.tolist(), kernel_shape, strides, dilations, pads)
-    if input.ndim != 3 or input.shape[1] % volume(kernel_shape) or input.shape[2] != volume(window.output):
-        raise ValueError(
-            f"Col2Im: the input has shape {input.shape}, expected "
-            f"(N, C * {volume(kernel_shape)}, {volume(window.output)})"
-        )
-    channels = input.shape[1] // volume(kernel_shape)
-    blocks = wide(input).reshape(input.shape[0], channels, *window.kernel, *window.output)
-    return fold(blocks, window).astype(input.dtype, copy=False)

@@ -40,7 +40,7 @@ def centred(x: Array, zero_point: Array | None, axis: int | None = None) -> Arra
         if shift.shape[0] != x.shape[axis]:
             raise ValueError(f"{shift.shape[0]} zero points for {x.shape[axis]} indices of axis {axis}")
         shift = shift.reshape([-1 if i == axis % x.ndim else 1 for i in range(x.ndim)])
-    return np.subtract(result, shift, out=result)
+    return np.asarray(np.subtract(result, shift, out=result))
 
 
 def carried(x: Array, w: Array, axes: int | tuple[int, ...]) -> tuple[Array, Array]:
@@ -93,7 +93,8 @@ def requantized(accumulated: Array, scale: Array, zero_point: Array | None, dtyp
     if zero_point is not None:
         scaled = np.asarray(np.add(scaled, zero_point, dtype=np.float32))
     np.fmax(scaled, np.float32(low), out=scaled)  # NaN becomes the lowest
-    return np.fmin(scaled, np.float32(high), out=scaled).astype(dtype)
+    np.fmin(scaled, np.float32(high), out=scaled)
+    return scaled.astype(dtype)
 
 
 @kernel("MatMulInteger", since=10)

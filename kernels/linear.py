@@ -12,7 +12,7 @@ from onnxslim_lab.kernels.registry import Array, kernel
 @kernel("MatMul", since=1)
 def MatMul(A: Array, B: Array) -> Array:
     """Return the matrix product, batched as numpy.matmul."""
-    return np.asarray(np.matmul(wide(A), wide(B))).astype(A.dtype)
+    return np.asarray(np.matmul(wide(A), wide(B))).astype(A.dtype, copy=False)
 
 
 def gemm(A: Array, B: Array, C: Array | None, alpha: float, beta: float, transA: int, transB: int) -> Array:
@@ -22,7 +22,7 @@ def gemm(A: Array, B: Array, C: Array | None, alpha: float, beta: float, transA:
         product = product * np.asarray(alpha).astype(product.dtype)
     if C is not None and beta != 0:
         product = product + (wide(C) if beta == 1 else wide(C) * np.asarray(beta).astype(product.dtype))
-    return np.asarray(product).astype(A.dtype)
+    return np.asarray(product).astype(A.dtype, copy=False)
 
 
 @kernel("Gemm", since=1)
@@ -77,4 +77,6 @@ def Gemm_11(
 def Einsum(*Inputs: Array, equation: str) -> Array:
     """Return the sum of products that the equation spells in Einstein's notation."""
     operands = [wide(operand) for operand in Inputs]
-    return np.asarray(np.einsum(equation.replace(" ", ""), *operands, optimize=True)).astype(Inputs[0].dtype)
+    return np.asarray(np.einsum(equation.replace(" ", ""), *operands, optimize=True)).astype(
+        Inputs[0].dtype, copy=False
+    )

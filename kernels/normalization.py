@@ -60,7 +60,7 @@ def normalized_channels(X: Array, scale: Array, B: Array, mean: Array, var: Arra
     factor = scale.astype(precise) / np.sqrt(var.astype(precise) + np.asarray(epsilon, precise))
     summand = B.astype(precise) - mean.astype(precise) * factor
     if X.ndim < 2:
-        return (x * factor + summand).astype(X.dtype, copy=False)
+        return np.asarray(x * factor + summand, X.dtype)
     result = x * per_channel(factor, x)
     result += per_channel(summand, x)
     return result.astype(X.dtype, copy=False)
@@ -78,9 +78,12 @@ def trained(
     axes = (0, *range(2, X.ndim))
     batch_mean, batch_var = (value.reshape(-1) for value in moments(x, axes))
     y = normalized_channels(X, scale, B, batch_mean, batch_var, epsilon)
-    kept, fresh = np.asarray(momentum, x.dtype), np.asarray(1 - momentum, x.dtype)
-    running_mean = (mean.astype(x.dtype) * kept + batch_mean * fresh).astype(mean.dtype)
-    running_var = (var.astype(x.dtype) * kept + batch_var * fresh).astype(var.dtype)
+    kept: Array = np.asarray(momentum, x.dtype)
+    fresh: Array = np.asarray(1 - momentum, x.dtype)
+    running_mean, running_var = (
+        np.asarray(np.multiply(before, kept) + now * fresh, before.dtype)
+        for before, now in ((mean, batch_mean), (var, batch_var))
+    )
     return y, running_mean, running_var, batch_mean.astype(mean.dtype), batch_var.astype(var.dtype)
 
 
@@ -247,7 +250,7 @@ def InstanceNormalization(input: Array, scale: Array, B: Array, *, epsilon: floa
     factor = inverse * per_channel(wide(scale), x)
     result = x * factor
     result += per_channel(wide(B), x) - mean * factor
-    return result.astype(input.dtype, copy=False)
+    return np.asarray(result, input.dtype)
 
 
 def grouped(X: Array, num_groups: int, epsilon: float, stash: np.dtype[np.generic]) -> Array:

@@ -6,6 +6,8 @@ outputs are all new tensors, then the new states likewise.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from onnxslim_lab.kernels.registry import Array, kernel
@@ -25,7 +27,7 @@ def grouped(inputs: tuple[Array, ...], kinds: int) -> list[tuple[Array, ...]]:
     return list(zip(*(inputs[place : place + count] for place in range(0, len(inputs), count)), strict=True))
 
 
-def listed(results: list[tuple[Array, ...]]) -> tuple[Array, ...]:
+def listed(results: Sequence[tuple[Array, ...]]) -> tuple[Array, ...]:
     """Return all first results, then all second ones, and so on."""
     return tuple(value for kind in zip(*results, strict=True) for value in kind)
 

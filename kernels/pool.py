@@ -9,7 +9,7 @@ import numpy as np
 from onnxslim_lab.kernels.activation import wide
 from onnxslim_lab.kernels.dtypes import is_integer, limits
 from onnxslim_lab.kernels.registry import Array, kernel
-from onnxslim_lab.kernels.windows import Ints, Window, paddings, slide, spread, volume
+from onnxslim_lab.kernels.windows import Ints, Window, paddings, region, slide, spread, volume
 
 
 def lowest(dtype: np.dtype[np.generic]) -> Array:
@@ -27,15 +27,15 @@ def combined(x: Array, window: Window, combine: Callable[..., Array], start: Arr
 
     Args:
         combine: A ufunc such as np.maximum, which takes `out`.
-        start: The value of a window with nothing in it.
+        start: The value of a window with nothing in it, neutral for `combine`.
     """
-    for place in reversed(range(len(window.lengths))):
+    for place, length in enumerate(window.output):
         axis = place + 2
-        shape = (*x.shape[:axis], window.output[place], *x.shape[axis + 1 :])
-        result = np.empty(shape, x.dtype)
-        result[...] = start
-        for tap in range(window.kernel[place]):
-            written, read = window.reads(place, tap)
+        pairs = [window.reads(place, tap) for tap in range(window.kernel[place])]
+        whole = [tap for tap, (written, _) in enumerate(pairs) if written == slice(0, length)]
+        result = np.empty((*x.shape[:axis], length, *x.shape[axis + 1 :]), x.dtype)
+        result[...] = x[along(axis, pairs.pop(whole[0])[1])] if whole else start
+        for written, read in pairs:
             target = result[along(axis, written)]
             combine(target, x[along(axis, read)], out=target)
         x = result
@@ -59,19 +59,19 @@ def greatest_with_places(X: Array, window: Window, storage_order: int) -> tuple[
     best = np.full(shape, lowest(X.dtype), X.dtype)
     found = np.zeros(shape, np.int64)
     rank = len(window.lengths)
-    places = np.arange(volume(window.lengths), dtype=np.int64)
+    places: Array = np.arange(volume(window.lengths), dtype=np.int64)
     order = window.lengths[::-1] if storage_order else window.lengths
     places = places.reshape(order).T if storage_order else places.reshape(order)
     seen = np.zeros(window.output, np.bool_)
     for tap in np.ndindex(*window.kernel):
         pairs = [window.reads(axis, tap[axis]) for axis in range(rank)]
-        target = tuple(pair[0] for pair in pairs)
-        source = tuple(pair[1] for pair in pairs)
-        value = X[(..., *source)]
-        better = (value > best[(..., *target)]) | np.isnan(value) & ~np.isnan(best[(..., *target)])
+        target = region(pair[0] for pair in pairs)
+        source = region(pair[1] for pair in pairs)
+        value = X[source]
+        better = (value > best[target]) | np.isnan(value) & ~np.isnan(best[target])
         better |= ~seen[target]
-        np.copyto(best[(..., *target)], value, where=better)
-        np.copyto(found[(..., *target)], np.broadcast_to(places[source], value.shape), where=better)
+        np.copyto(best[target], value, where=better)
+        np.copyto(found[target], np.broadcast_to(places[source], value.shape), where=better)
         seen[target] = True
     images = np.arange(X.shape[0] * X.shape[1], dtype=np.int64) * volume(window.lengths)
     return best, found + images.reshape(*X.shape[:2], *[1] * rank)
@@ -304,14 +304,14 @@ def spatial_axes(op_type: str, X: Array) -> tuple[int, ...]:
 def GlobalAveragePool(X: Array) -> Array:
     """Return the mean over all spatial axes, which keep the length 1."""
     axes = spatial_axes("GlobalAveragePool", X)
-    return np.mean(wide(X), axis=axes, keepdims=True).astype(X.dtype, copy=False)
+    return np.asarray(np.mean(wide(X), axis=axes, keepdims=True)).astype(X.dtype, copy=False)
 
 
 @kernel("GlobalMaxPool", since=1)
 def GlobalMaxPool(X: Array) -> Array:
     """Return the greatest value over all spatial axes, which keep the length 1."""
     axes = spatial_axes("GlobalMaxPool", X)
-    return np.asarray(np.max(X, axis=axes, keepdims=True, initial=lowest(X.dtype)[()]))
+    return np.asarray(np.maximum.reduce(X, axis=axes, keepdims=True, initial=lowest(X.dtype)[()]))
 
 
 @kernel("GlobalLpPool", since=1)

@@ -74,10 +74,12 @@ def quantize(
             ratio = ratio + spread(zero_point, x, axis, block_size).astype(ratio.dtype)
         return cast(np.asarray(ratio), dtype, saturate=saturate)
     low, high = limits(dtype)
-    rounded = np.rint(ratio).astype(np.float64)
+    rounded = np.asarray(np.rint(ratio))
     if zero_point is not None:
-        rounded = rounded + spread(zero_point, x, axis, block_size).astype(np.float64)
-    return np.clip(np.nan_to_num(rounded, posinf=high, neginf=low), low, high).astype(np.int64).astype(dtype)
+        rounded = np.asarray(rounded + spread(zero_point, x, axis, block_size).astype(rounded.dtype))
+    np.fmax(rounded, np.asarray(low, rounded.dtype), out=rounded)  # NaN becomes the lowest, as in onnxruntime
+    np.fmin(rounded, np.asarray(high, rounded.dtype), out=rounded)
+    return rounded.astype(np.int32).astype(dtype)
 
 
 @kernel("DequantizeLinear", since=10)

@@ -171,7 +171,7 @@ def resize(X: Array, axes: Sequence[int], plans: Sequence[Plan], method: Method)
     if any(mask.any() for _, mask in outside):
         x = x.copy()
         for axis, mask in outside:
-            x[(*[slice(None)] * axis, mask)] = np.asarray(method.extrapolation).astype(X.dtype)
+            np.moveaxis(x, axis, 0)[mask] = np.asarray(method.extrapolation).astype(X.dtype)
     return x
 
 

@@ -233,10 +233,11 @@ def NonMaxSuppression(
     rows = []
     for batch, number in np.ndindex(*scores.shape[:2]) if most > 0 else ():
         score = scores[batch, number]
-        order = np.argsort(-score, kind="stable")
+        order = np.arange(score.size)
         if score_threshold is not None:
-            order = order[score[order] > score_threshold.reshape(())]
-        rows += [(batch, number, kept) for kept in survivors(corners[batch], order, most, threshold)]
+            order = np.flatnonzero(score > score_threshold.reshape(()))
+        order = order[np.argsort(-score[order], kind="stable")]
+        rows += [(batch, number, kept) for kept in survivors(corners[batch], order, most, float(threshold))]
     return np.array(rows, np.int64).reshape(-1, 3)
 
 

@@ -161,7 +161,7 @@ def AffineGrid(theta: Array, size: Array, *, align_corners: int = 0) -> Array:
     points = np.stack([*reversed(axes), np.ones_like(axes[0])], axis=-1)
     precise = theta.astype(np.float64)
     grid = np.matmul(points.reshape(1, -1, rank + 1), precise.transpose(0, 2, 1))
-    return grid.reshape(theta.shape[0], *lengths, rank).astype(theta.dtype)
+    return np.asarray(grid.reshape(theta.shape[0], *lengths, rank), theta.dtype)
 
 
 @kernel("DeformConv", since=19)
@@ -226,4 +226,4 @@ def DeformConv(
     y = y.reshape(batch, W.shape[0], *window.output)
     if B is not None:
         y += wide(B).reshape(-1, *[1] * rank)
-    return y.astype(X.dtype, copy=False)
+    return np.asarray(y, X.dtype)

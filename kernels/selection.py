@@ -7,6 +7,24 @@ import numpy as np
 from onnxslim_lab.kernels.registry import Array, kernel
 
 
+FEW_OF = 8
+"""Partitioning pays where at most one of this many is wanted."""
+
+
+def distinct_top(x: Array, k: int, *, largest: bool) -> Array | None:
+    """Return positions as `top` does along the last axis, by partitioning.
+
+    None where that leaves open which are meant: equal values at the border, or NaN.
+    """
+    keys = -x if largest else x
+    chosen = np.sort(np.argpartition(keys, k - 1, axis=-1)[..., :k], axis=-1)
+    values = np.take_along_axis(keys, chosen, -1)
+    last = values.max(axis=-1, keepdims=True)
+    if np.count_nonzero(keys <= last) != chosen.size or np.isnan(keys).any():
+        return None
+    return np.take_along_axis(chosen, np.argsort(values, axis=-1, kind="stable"), -1)
+
+
 def top(x: Array, k: int, axis: int, *, largest: bool) -> tuple[Array, Array]:
     """Return the k greatest or smallest values along an axis in order, and their int64 positions.
 
@@ -17,6 +35,11 @@ def top(x: Array, k: int, axis: int, *, largest: bool) -> tuple[Array, Array]:
     """
     if k > x.shape[axis]:
         raise ValueError(f"TopK: k is {k}, axis {axis} has {x.shape[axis]} elements")
+    if 0 < k * FEW_OF <= x.shape[axis] and x.dtype.kind in "f":
+        places = distinct_top(np.moveaxis(x, axis, -1), k, largest=largest)
+        if places is not None:
+            order = np.moveaxis(places, -1, axis)
+            return np.take_along_axis(x, order, axis), order.astype(np.int64)
     if largest:
         order = x.shape[axis] - 1 - np.flip(np.argsort(np.flip(x, axis), axis, kind="stable"), axis)
     else:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from onnxslim_lab.kernels.kept import kept
 from onnxslim_lab.kernels.ml import ML
 from onnxslim_lab.kernels.registry import Array, kernel
 from onnxslim_lab.kernels.scores import TRANSFORMS, labels_at, transformed, two_classes
@@ -14,6 +15,7 @@ from onnxslim_lab.kernels.trees import grown, planted
 _AGGREGATES = ("AVERAGE", "SUM", "MIN", "MAX")
 
 
+@kept
 def numbers(operator: str, floats: Sequence[float] | None, tensor: Array | None) -> Array:
     """Return the one of a float attribute and its tensor twin that is given; empty without either.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from onnxslim_lab.kernels.kept import kept
 from onnxslim_lab.kernels.registry import Array
 
 MODES = ("BRANCH_LEQ", "BRANCH_LT", "BRANCH_GTE", "BRANCH_GT", "BRANCH_EQ", "BRANCH_NEQ", "BRANCH_MEMBER")
@@ -137,6 +138,7 @@ def numbered(keys: Array, wanted: Array) -> Array:
     return np.asarray(found)
 
 
+@kept
 def grown(nodes: dict[str, Any], votes: dict[str, Any], splits: Array, weights: Array) -> Forest:
     """Return the forest of TreeEnsembleClassifier or -Regressor attributes.
 
@@ -187,6 +189,7 @@ def grown(nodes: dict[str, Any], votes: dict[str, Any], splits: Array, weights: 
     )
 
 
+@kept
 def planted(
     *,
     leaf_targetids: Sequence[int],

