@@ -64,7 +64,11 @@ class Outcome:
         self.refusals += other.refusals
 
 
-def _silent(done: int, total: int, what: str) -> None:
+Progress = Callable[[int, int, str], None]
+"""Called as progress(done, total, what) on long work."""
+
+
+def silent(done: int, total: int, what: str) -> None:
     """Report progress to nobody."""
 
 
@@ -79,7 +83,7 @@ class Context:
         memory: Working memory in bytes that a pass may use beyond one layer.
     """
 
-    progress: Callable[[int, int, str], None] = _silent
+    progress: Progress = silent
     seed: int = 0
     allow_opset_raise: bool = False
     memory: int = 256 << 20

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
@@ -50,7 +50,7 @@ Threads = Annotated[int, typer.Option(min=0, help="Threads of onnxruntime; 0 let
 
 
 @contextmanager
-def _progress(quiet: bool) -> Iterator[object]:
+def _progress(quiet: bool) -> Iterator[Callable[[int, int, str], None]]:
     """Yield a function(done, total, what) that draws a bar on a terminal and nothing elsewhere."""
     if quiet or not _err.is_terminal:
         yield lambda _done, _total, _what: None
@@ -183,7 +183,7 @@ def optimize(
             runner=runner,
             external=external,
             allow_growth=allow_growth,
-            progress=show,  # type: ignore[arg-type]
+            progress=show,
         )
     if report is not None:
         _write_text(report, result.report.to_json() + "\n")
@@ -214,7 +214,8 @@ def inspect(model: Model, as_json: Json = False) -> None:
     from onnxslim_lab.graph import Graph  # noqa: PLC0415
     from onnxslim_lab.inspection import inspect as inspect_graph  # noqa: PLC0415
 
-    found = inspect_graph(Graph.load(model))
+    with _progress(as_json) as show:
+        found = inspect_graph(Graph.load(model), show)
     if as_json:
         _print_json(found.model_dump_json(indent=2))
     else:
@@ -249,10 +250,10 @@ def compare(
 
     left, right = Graph.load(first), Graph.load(second)
     feeds = load_data(data, left, limit=limit) if data else None
-    with Runner(threads=threads) as runner:
+    with _progress(quiet) as show, Runner(threads=threads) as runner:
         if feeds is None:
             feeds = runnable_data(runner, left, samples=4, dims=_dims(dim))
-        found = compare_graphs(left, right, feeds, runner, tolerance=tolerance)
+        found = compare_graphs(left, right, feeds, runner, tolerance=tolerance, progress=show)
     if as_json:
         _print_json(found.model_dump_json(indent=2))
     elif not quiet:
@@ -322,7 +323,7 @@ def demo(
     from onnxslim_lab.demo import run  # noqa: PLC0415
 
     with _progress(quiet) as show:
-        found = run(folder, show)  # type: ignore[arg-type]
+        found = run(folder, show)
     if not quiet:
         _out.print(found.table())
     if not found.passed:

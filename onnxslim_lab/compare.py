@@ -9,6 +9,7 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
+from onnxslim_lab.base import Progress, silent
 from onnxslim_lab.data import Dataset
 from onnxslim_lab.errors import DataError, SessionError, one_line, quote, suggest
 from onnxslim_lab.graph import Graph
@@ -77,7 +78,13 @@ class Comparison(BaseModel):
 
 
 def compare(
-    first: Graph, second: Graph, data: Dataset, runner: Runner, *, tolerance: float | None = None
+    first: Graph,
+    second: Graph,
+    data: Dataset,
+    runner: Runner,
+    *,
+    tolerance: float | None = None,
+    progress: Progress = silent,
 ) -> Comparison:
     """Run both models on the same data and compare their outputs.
 
@@ -88,6 +95,7 @@ def compare(
         runner: Where they run.
         tolerance: Largest relative difference; by default 1e-4, or three times the difference between
             onnxruntime's own optimization levels on the first model where that is larger.
+        progress: Called as progress(done, total, what).
 
     Raises:
         DataError: inputs or outputs have other names.
@@ -102,13 +110,18 @@ def compare(
             other = right if name in left else left
             raise DataError(f"{what} {quote(name)} is in one model only{suggest(name, other)}")
     feeds = data.feeds
+    progress(0, 4, "running the first model")
     if tolerance is None:
         tolerance = max(TOLERANCE, NOISE_FACTOR * runner.noise(first, feeds))
-    reference, result = runner.run(first, feeds), runner.run(second, feeds)
+    reference = runner.run(first, feeds)
+    progress(1, 4, "running the second model")
+    result = runner.run(second, feeds)
     verdict = judge(compare_outputs(reference, result), tolerance)
     divergence = None
     if verdict.status == "failed":
+        progress(2, 4, "looking for the first difference")
         divergence = first_divergence(first, second, feeds, runner, tolerance)
+    progress(3, 4, "asking the NumPy runtime")
     return Comparison(
         first=first.source.name,
         second=second.source.name,

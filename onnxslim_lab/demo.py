@@ -14,8 +14,9 @@ from onnx import TensorProto, helper, numpy_helper
 from rich.console import Group
 from rich.table import Table
 
+from onnxslim_lab.base import Progress
 from onnxslim_lab.data import Dataset
-from onnxslim_lab.engine import Progress, Result, optimize
+from onnxslim_lab.engine import Result, optimize
 from onnxslim_lab.errors import SaveError, quote
 
 STEPS = ("simplify", "prune:sparsity=0.8", "share:bits=3", "encode")

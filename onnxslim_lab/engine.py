@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,7 +12,7 @@ from pathlib import Path
 from onnx import ModelProto
 
 from onnxslim_lab.accuracy import find_metric
-from onnxslim_lab.base import Context, Outcome, Pass
+from onnxslim_lab.base import Context, Outcome, Pass, Progress, silent
 from onnxslim_lab.data import Dataset
 from onnxslim_lab.errors import DataError, ParameterError, SaveError, SessionError, VerificationError, quote
 from onnxslim_lab.evaluate import PairedResult, evaluate_pair
@@ -36,7 +36,6 @@ from onnxslim_lab.sessions import Runner, SessionTooLarge
 from onnxslim_lab.verify import Verifier
 
 DEFAULT_STEPS = ("simplify", "encode")
-Progress = Callable[[int, int, str], None]
 
 
 def tool_version() -> str:
@@ -143,10 +142,6 @@ def coverage(outcome: Outcome, totals: Totals) -> Coverage:
     return Coverage(weights=shares[0], macs=shares[1])
 
 
-def _silent(done: int, total: int, what: str) -> None:
-    """Report progress to nobody."""
-
-
 def optimize(
     source: str | os.PathLike[str] | bytes | ModelProto | Graph,
     output: str | os.PathLike[str] | None = None,
@@ -159,7 +154,7 @@ def optimize(
     runner: Runner | None = None,
     external: bool | None = None,
     allow_growth: bool = False,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Result:
     """Optimize a model and save it; the source is never changed.
 
@@ -224,7 +219,9 @@ def _check_target(output: str | os.PathLike[str] | None, source: str) -> None:
         if target.is_dir() or not target.parent.is_dir():
             raise SaveError(f"cannot write {quote(str(target))}: it must be a file in an existing folder")
         if target.exists() and Path(source).exists() and target.samefile(source):
-            raise ParameterError(f"{quote(str(target))} is the source, which is never changed; save elsewhere")
+            raise ParameterError(
+                f"{quote(str(target))} is the source, which is never changed; save elsewhere"
+            )
 
 
 def _prepare(graph: Graph, recipe: Recipe, data: Dataset | None, runner: Runner, progress: Progress) -> _Run:

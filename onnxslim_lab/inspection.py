@@ -12,6 +12,7 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
+from onnxslim_lab.base import Progress, silent
 from onnxslim_lab.errors import one_line
 from onnxslim_lab.graph import Graph, domain_of, is_op
 from onnxslim_lab.layers import Layer
@@ -111,7 +112,7 @@ class Inspection(_Part):
         return Group(facts, layers, *warnings)
 
 
-def inspect(graph: Graph) -> Inspection:
+def inspect(graph: Graph, progress: Progress = silent) -> Inspection:
     """Return what is in a model; only weights are read, one at a time."""
     graph.infer()
     operators: Counter[str] = Counter()
@@ -130,7 +131,11 @@ def inspect(graph: Graph) -> Inspection:
             stored[TensorProto.DataType.Name(kind).lower()] += size
             if kind not in (TensorProto.INT64, TensorProto.BOOL, TensorProto.STRING):
                 parameters += math.prod(shape)
-    layers = [_layer(layer, count) for layer, count in model_macs(graph).layers]
+    layers = []
+    counted = model_macs(graph).layers
+    for number, (layer, count) in enumerate(counted):
+        progress(number, len(counted), "reading weights")
+        layers.append(_layer(layer, count))
     known = [layer.macs for layer in layers if layer.macs is not None]
     return Inspection(
         source=graph.source.name,
