@@ -29,7 +29,9 @@ def padded(data: Array, pads: Sequence[int], mode: str, value: Array, axes: Sequ
     if mode != "constant":
         return np.pad(data, widths, mode=mode)  # type: ignore[call-overload, no-any-return]
     shape = [length + sum(width) for length, width in zip(data.shape, widths, strict=True)]
-    result = np.full(shape, value.reshape(()).astype(data.dtype), data.dtype)
+    filling = value.reshape(()).astype(data.dtype)
+    blank = data.dtype != object and not filling
+    result = np.zeros(shape, data.dtype) if blank else np.full(shape, filling, data.dtype)
     inside = tuple(slice(w[0], w[0] + length) for w, length in zip(widths, data.shape, strict=True))
     result[inside] = data
     return result

@@ -6,7 +6,6 @@ import numpy as np
 
 from onnxslim_lab.kernels.registry import Array, kernel
 
-
 FEW_OF = 8
 """Partitioning pays where at most one of this many is wanted."""
 
@@ -35,7 +34,7 @@ def top(x: Array, k: int, axis: int, *, largest: bool) -> tuple[Array, Array]:
     """
     if k > x.shape[axis]:
         raise ValueError(f"TopK: k is {k}, axis {axis} has {x.shape[axis]} elements")
-    if 0 < k * FEW_OF <= x.shape[axis] and x.dtype.kind in "f":
+    if 0 < k * FEW_OF <= x.shape[axis] and x.dtype.kind == "f":
         places = distinct_top(np.moveaxis(x, axis, -1), k, largest=largest)
         if places is not None:
             order = np.moveaxis(places, -1, axis)

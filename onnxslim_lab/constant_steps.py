@@ -15,11 +15,9 @@ from onnxslim_lab.errors import quote
 from onnxslim_lab.graph import Graph, attribute, domain_of, is_op
 from onnxslim_lab.kernels import Kernel, lookup, run, sizes
 from onnxslim_lab.kernels.dtypes import dtype_of_number
+from onnxslim_lab.signature import is_random
 from onnxslim_lab.weights import Array, to_array
 
-RANDOM = frozenset(
-    {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
-)
 SMALL = 1 << 16  # results up to these bytes are computed while looking, larger ones only on demand
 WRONG = (ArithmeticError, LookupError, MemoryError, NotImplementedError, TypeError, ValueError)
 
@@ -130,8 +128,10 @@ class ConstantSteps:
         domain = domain_of(node.domain)
         if self.graph.bodies(node) or (domain, node.op_type, node.overload) in self.graph.functions:
             return ""
-        if node.op_type in RANDOM:
+        if domain == "" and is_random(self.graph, node):
             return "its result is random"
+        if not self.graph.opset():
+            return "the model does not import the operators of ai.onnx, so it can hold no Constant node"
         if node.op_type == "DequantizeLinear":
             return "folding it would undo the quantization"
         if has_reference(node):

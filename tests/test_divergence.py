@@ -66,8 +66,10 @@ def test_equal_engines_have_no_divergence(runner):
 
 def test_a_difference_that_later_nodes_hide_is_found(runner, monkeypatch):
     spoil(monkeypatch, "Tanh", lambda y: y * np.float32(1.01))
-    graph = Graph.parse(f"""{HEAD} g (float[n] v0) => (bool[n] y) <float low = {{-2}}> {{
-      a = Neg(v0)  [odd] b = Tanh(a)  y = Greater(b, low) }}""")
+    rest = "\n".join(f"v{i + 2} = Neg(v{i + 1})" for i in range(40))
+    graph = Graph.parse(f"""{HEAD} g (float[n] v0) => (bool[n] y, float[n] v41) <float low = {{-2}}> {{
+      a = Neg(v0)  v1 = Neg(a)  [odd] b = Tanh(a)  {rest}  y = Greater(b, low) }}""")
+    assert 2 not in range(44 // PROBES - 1, 44, 44 // PROBES)  # it is not among the values probed at first
     found = first_divergence(graph, FEED, runner, 1e-4)
     assert found.node == "odd"
 

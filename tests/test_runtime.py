@@ -1,6 +1,7 @@
 """runtime.py: results, bodies, functions, memory, errors."""
 
 import dataclasses
+import tracemalloc
 
 import numpy as np
 import onnx
@@ -30,7 +31,7 @@ NESTED = f"""{HEAD} nested (float[2] x, bool c, int64 n) => (float[2] y, float[k
   one = Constant <value = float[2] {{1, 2}}> ()
   shift = Add(x, one)
   y, rows = Loop(n, c, x) <body = turn (int64 i, bool go, float[2] state) => (bool more, float[2] next, float[2] row) {{
-    more = Identity(c)
+    more = And(c, go)
     next = If (more) <
       then_branch = yes () => (float[2] t) {{ both = Add(shift, one)  t = Mul(state, both) }},
       else_branch = no () => (float[2] e) {{ e = Identity(x) }}>
@@ -93,7 +94,7 @@ def test_hook_sees_nodes_of_bodies():
     seen = []
     feed = {"x": np.ones(2, np.float32), "c": np.array(True), "n": np.array(2)}
     runtime.run(Graph.parse(NESTED), feed, hook=lambda node, *_: seen.append(node.op_type))
-    assert seen == ["Add", *["Identity", "Add", "Mul", "If", "Sub"] * 2, "Loop"]
+    assert seen == ["Add", *["And", "Add", "Mul", "If", "Sub"] * 2, "Loop"]
 
 
 def test_values_are_freed_after_their_last_use():
