@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, currently_in_test_context, given, reject, settings
 from hypothesis import strategies as st
 from onnx import helper
 
@@ -46,7 +46,9 @@ def check(op_type, inputs, attributes=None, *, outputs=1, opset=22, rtol=1e-4, a
     """Assert that kernel and onnxruntime agree."""
     attributes = attributes or {}
     want = reference(op_type, inputs, attributes, outputs, opset)
-    assume(want is not None)
+    if want is None and currently_in_test_context():
+        reject()
+    assert want is not None, "onnxruntime refuses this"
     have = run(lookup(op_type, "", opset), inputs, attributes, outputs)
     for wanted, got in zip(want, have, strict=False):
         assert got.shape == wanted.shape
@@ -238,6 +240,12 @@ def test_recurrent_layers(data, op_type, seed):
     check(op_type, given_inputs, attributes, outputs=3 if op_type == "LSTM" else 2, opset=14)
 
 
+def test_lstm_whose_gates_are_rows_of_16_bytes():  # where numpy 2.4's np.negative in place is wrong
+    random = np.random.default_rng(0)
+    inputs = [normal(random, 2, 5, 1), normal(random, 1, 4, 1), normal(random, 1, 4, 1)]
+    check("LSTM", [*inputs, *[None] * 4, normal(random, 1, 3)], {"hidden_size": 1}, outputs=3, opset=14)
+
+
 @few
 @given(seeds, st.integers(0, 3), st.integers(0, 3), flags)
 def test_normalizations(seed, batch, spatial_rank, spoiled):
@@ -278,6 +286,7 @@ def test_resize(data, seed, mode, transformation):
     x = normal(random, 1, 2, *(data.draw(st.integers(1, 7)) for _ in range(2)))
     attributes = {"mode": mode, "coordinate_transformation_mode": transformation}
     if mode == "nearest":
+        assume(transformation != "half_pixel_symmetric")  # the last bit of its formula decides ties
         rules = ["round_prefer_floor", "round_prefer_ceil", "floor", "ceil"]
         attributes["nearest_mode"] = data.draw(st.sampled_from(rules))
     if mode == "cubic":
