@@ -190,7 +190,7 @@ def run_model(name: str, engines: Sequence[str], runs: int) -> tuple[int, dict[s
     with tempfile.TemporaryDirectory() as folder:
         feed_file = Path(folder) / "feed"
         feed_file.write_bytes(pickle.dumps(zoo.feeds(name, samples=1)[0]))
-        workers = []
+        workers: list[Worker] = []
         try:
             workers.extend(Worker(engine, path, feed_file) for engine in engines)
             for _ in range(runs):

@@ -37,7 +37,7 @@ class OutputError:
         sqnr_db: 10 log10 of signal over noise energy; inf when equal.
         cosine: Cosine of the two results as one vector each; 1 when both are zero, 0 when one is.
         worst_slice: Least cosine over the slices along each axis but the first (one class score of a
-            detector, one key of a map); zoo.md: the whole vector hides a slice that is all zero.
+            detector, one key of a map): the whole vector hides a slice that is all zero.
         worst_slice_at: Where that slice is: "axis 1, index 7".
         mismatches: Integers, booleans and strings that differ; `relative` does not see the last two.
         nonfinite: Values that are NaN or infinite on one side only, or infinite with different signs.

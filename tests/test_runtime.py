@@ -1,6 +1,7 @@
 """runtime.py: results, memory, errors."""
 
 import dataclasses
+import tracemalloc
 
 import numpy as np
 import onnx
@@ -73,6 +74,12 @@ def test_values_are_freed_after_their_last_use():
     feed = {"v0": np.ones(1000, np.float32)}
     assert interpreter.measure(feed).peak_bytes == 2 * 4000
     assert interpreter.measure(feed, ["v1", "v2", "v8"]).peak_bytes == 4 * 4000
+    large = {"v0": np.ones(1 << 18, np.float32)}
+    interpreter.run(large)
+    tracemalloc.start()
+    interpreter.run(large)
+    assert tracemalloc.get_traced_memory()[1] < 2.5 * (1 << 20)
+    tracemalloc.stop()
     views = Graph.parse(
         f"{HEAD} g (float[n] x) => (float[n] y) {{ a = Identity(x) b = Neg(a) y = Identity(b) }}"
     )
