@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from onnxslim_lab.engine import Result, optimize
     from onnxslim_lab.errors import LabError
     from onnxslim_lab.graph import Graph
+    from onnxslim_lab.inputs.random_data import random_data
     from onnxslim_lab.inspection import inspect
-    from onnxslim_lab.random_data import random_data
     from onnxslim_lab.recipe import Recipe
     from onnxslim_lab.report import Report
     from onnxslim_lab.sessions import Runner
@@ -35,7 +35,7 @@ _HOMES = {
     "inspect": "inspection",
     "load_data": "data",
     "optimize": "engine",
-    "random_data": "random_data",
+    "random_data": "inputs.random_data",
 }
 
 __all__ = [

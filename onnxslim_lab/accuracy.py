@@ -14,10 +14,10 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from onnxslim_lab._messages import Array
 from onnxslim_lab.errors import DataError, ParameterError, quote, suggest
 from onnxslim_lab.metrics import Feed, flatten
 from onnxslim_lab.user_code import is_function_spec, load_function
+from onnxslim_lab.worker.messages import Array
 
 Hits = npt.NDArray[np.bool_]
 Float64 = npt.NDArray[np.float64]

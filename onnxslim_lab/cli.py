@@ -148,7 +148,7 @@ def optimize(
     from onnxslim_lab import engine  # noqa: PLC0415 - `--help` must not wait for numpy and scikit-learn
     from onnxslim_lab.data import load_data  # noqa: PLC0415
     from onnxslim_lab.graph import Graph  # noqa: PLC0415
-    from onnxslim_lab.probe import runnable_data  # noqa: PLC0415
+    from onnxslim_lab.inputs.probe import runnable_data  # noqa: PLC0415
     from onnxslim_lab.recipe import Recipe  # noqa: PLC0415
     from onnxslim_lab.sessions import Runner  # noqa: PLC0415
 
@@ -245,7 +245,7 @@ def compare(
     from onnxslim_lab.compare import compare as compare_graphs  # noqa: PLC0415
     from onnxslim_lab.data import load_data  # noqa: PLC0415
     from onnxslim_lab.graph import Graph  # noqa: PLC0415
-    from onnxslim_lab.probe import runnable_data  # noqa: PLC0415
+    from onnxslim_lab.inputs.probe import runnable_data  # noqa: PLC0415
     from onnxslim_lab.sessions import Runner  # noqa: PLC0415
 
     left, right = Graph.load(first), Graph.load(second)

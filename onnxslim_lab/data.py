@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from onnxslim_lab._messages import Array, Value
-from onnxslim_lab.array_data import cut, load_arrays, load_sample_folders
 from onnxslim_lab.errors import DataError, ParameterError, quote
 from onnxslim_lab.graph import Graph
-from onnxslim_lab.model_inputs import ModelInput, check_feed, model_inputs
-from onnxslim_lab.onnx_test_sets import is_test_sets, load_test_sets
+from onnxslim_lab.inputs.arrays import cut, load_arrays, load_sample_folders
+from onnxslim_lab.inputs.model_inputs import ModelInput, check_feed, model_inputs
+from onnxslim_lab.inputs.onnx_test_sets import is_test_sets, load_test_sets
 from onnxslim_lab.user_code import is_function_spec, load_function
+from onnxslim_lab.worker.messages import Array, Value
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from onnx import NodeProto, TensorProto
 
-from onnxslim_lab._messages import Value
 from onnxslim_lab.errors import LabError, RunError, SessionError, one_line, quote
 from onnxslim_lab.graph import Graph
 from onnxslim_lab.metrics import OutputError, compare_outputs
+from onnxslim_lab.running.program import label
 from onnxslim_lab.runtime import Interpreter
-from onnxslim_lab.runtime_program import label
 from onnxslim_lab.sessions import Optimization, Runner
+from onnxslim_lab.worker.messages import Value
 
 PROBES = 16  # values asked for at a time
 _BYTES = frozenset({TensorProto.INT8, TensorProto.UINT8})

@@ -17,10 +17,10 @@ from onnxslim_lab.data import Dataset
 from onnxslim_lab.errors import DataError, ParameterError, SaveError, SessionError, VerificationError, quote
 from onnxslim_lab.evaluate import PairedResult, evaluate_pair
 from onnxslim_lab.graph import Graph, is_op
+from onnxslim_lab.inputs.probe import runnable_data
+from onnxslim_lab.inputs.random_data import random_data
 from onnxslim_lab.macs import model_macs
 from onnxslim_lab.modelfile import SavedFiles
-from onnxslim_lab.probe import runnable_data
-from onnxslim_lab.random_data import random_data
 from onnxslim_lab.recipe import Recipe, step_text
 from onnxslim_lab.report import (
     ChangeReport,

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from onnxslim_lab._messages import Array
 from onnxslim_lab.accuracy import Float64, Metric, find_metric, mean
 from onnxslim_lab.errors import DataError
 from onnxslim_lab.intervals import RESAMPLES, bootstrap_mean, mcnemar, newcombe, wilson
 from onnxslim_lab.metrics import Feed
+from onnxslim_lab.worker.messages import Array
 
 if TYPE_CHECKING:
     from onnxslim_lab.data import Dataset

@@ -15,10 +15,10 @@ from onnx import NodeProto
 from onnxslim_lab.base import Refusal
 from onnxslim_lab.errors import InternalError
 from onnxslim_lab.graph import Graph, attribute, domain_of
-from onnxslim_lab.layer_convs import ConvKind, ConvTransposeKind
-from onnxslim_lab.layer_kinds import GatherKind, GemmKind, Kind, RecurrentKind
-from onnxslim_lab.layer_products import EinsumKind, MatMulKind
-from onnxslim_lab.layer_views import FLOATS, Stored, readers, set_by_caller, trace
+from onnxslim_lab.layer_views.convolutions import ConvKind, ConvTransposeKind
+from onnxslim_lab.layer_views.kinds import GatherKind, GemmKind, Kind, RecurrentKind
+from onnxslim_lab.layer_views.products import EinsumKind, MatMulKind
+from onnxslim_lab.layer_views.storage import FLOATS, Stored, readers, set_by_caller, trace
 from onnxslim_lab.shapes import Dim
 
 Array = NDArray[Any]

@@ -10,7 +10,7 @@ from onnx import AttributeProto, GraphProto
 
 from onnxslim_lab import shapes
 from onnxslim_lab.graph import Graph
-from onnxslim_lab.layer_views import FLOATS
+from onnxslim_lab.layer_views.storage import FLOATS
 from onnxslim_lab.layers import Layer, find_layers
 from onnxslim_lab.shapes import Dim
 

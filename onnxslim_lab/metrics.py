@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from onnxslim_lab._messages import Array, Value
 from onnxslim_lab.errors import DataError
+from onnxslim_lab.worker.messages import Array, Value
 
 Feed = dict[str, Value]
 Float64 = npt.NDArray[np.float64]

@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 from onnx import ModelProto, NodeProto, TypeProto
 
-from onnxslim_lab._messages import Value
 from onnxslim_lab.errors import ParameterError, quote, suggest
 from onnxslim_lab.graph import Graph
-from onnxslim_lab.model_inputs import ModelInput, check_feed, model_inputs
-from onnxslim_lab.runtime_plan import Machine, Plan
-from onnxslim_lab.runtime_program import UNUSED, Hook, Program, Step, Watch, label
-from onnxslim_lab.runtime_support import Missing, require
-from onnxslim_lab.runtime_support import supports as _supports
+from onnxslim_lab.inputs.model_inputs import ModelInput, check_feed, model_inputs
+from onnxslim_lab.running.plan import Machine, Plan
+from onnxslim_lab.running.program import UNUSED, Hook, Program, Step, Watch, label
+from onnxslim_lab.running.support import Missing, require
+from onnxslim_lab.running.support import supports as _supports
+from onnxslim_lab.worker.messages import Value
 
 __all__ = ["Hook", "Interpreter", "Missing", "Run", "run", "supports"]
 

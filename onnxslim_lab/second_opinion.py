@@ -10,9 +10,9 @@ from onnxslim_lab.graph import Graph, domain_of
 from onnxslim_lab.judging import judge
 from onnxslim_lab.metrics import Feed, compare_outputs
 from onnxslim_lab.report import Verdict
+from onnxslim_lab.rewriting.signature import is_random
 from onnxslim_lab.runtime import Interpreter, supports
 from onnxslim_lab.sessions import Runner
-from onnxslim_lab.signature import is_random
 
 FEEDS = 2  # compared on both engines; the NumPy runtime is the slower one
 

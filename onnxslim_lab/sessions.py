@@ -16,12 +16,12 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from onnxslim_lab._messages import Value
-from onnxslim_lab._session_child import Child, ChildError, Session
-from onnxslim_lab._session_files import ModelFile, weight_bytes
 from onnxslim_lab.errors import DataError, ParameterError, SessionError, one_line, quote, suggest
 from onnxslim_lab.graph import Graph
 from onnxslim_lab.metrics import compare_outputs
+from onnxslim_lab.worker.child import Child, ChildError, Session
+from onnxslim_lab.worker.files import ModelFile, weight_bytes
+from onnxslim_lab.worker.messages import Value
 
 Optimization = Literal["off", "basic", "extended", "layout", "all"]
 

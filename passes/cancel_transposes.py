@@ -10,9 +10,9 @@ from onnx import NodeProto
 
 from onnxslim_lab.base import Context, Outcome, Pass
 from onnxslim_lab.graph import Graph, attribute, is_op
-from onnxslim_lab.node_pairs import cancelled
-from onnxslim_lab.removal import label, release, remove_unused
-from onnxslim_lab.transposable import Move, composed, inverse, move
+from onnxslim_lab.rewriting.node_pairs import cancelled
+from onnxslim_lab.rewriting.removal import label, release, remove_unused
+from onnxslim_lab.rewriting.transposable import Move, composed, inverse, move
 
 MOST_LAYOUTS = 6  # different Transposes tried in one graph
 

@@ -12,8 +12,8 @@ from pydantic import Field
 
 from onnxslim_lab.base import Change, Context, Outcome, Pass
 from onnxslim_lab.graph import Graph, attribute, is_op
-from onnxslim_lab.removal import label
-from onnxslim_lab.signature import is_random, node_key
+from onnxslim_lab.rewriting.removal import label
+from onnxslim_lab.rewriting.signature import is_random, node_key
 
 HOIST_FROM = 64  # bytes: moving a smaller constant to an outer graph saves nothing
 TRANSPOSE_FROM = 1 << 16  # bytes: a Transpose node is worth less than that

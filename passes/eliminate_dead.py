@@ -11,7 +11,7 @@ from pydantic import Field
 
 from onnxslim_lab.base import Change, Context, Outcome, Pass
 from onnxslim_lab.graph import FunctionKey, Graph, attribute, domain_of, is_op
-from onnxslim_lab.removal import is_spare, is_unused, label
+from onnxslim_lab.rewriting.removal import is_spare, is_unused, label
 
 
 class EliminateDead(Pass):

@@ -8,9 +8,9 @@ from onnx import NodeProto
 
 from onnxslim_lab.base import Context, Outcome, Pass
 from onnxslim_lab.graph import Graph, domain_of
-from onnxslim_lab.no_ops import equal_value
-from onnxslim_lab.node_pairs import cancelled, merge
-from onnxslim_lab.removal import is_unused, label, remove_unused
+from onnxslim_lab.rewriting.no_ops import equal_value
+from onnxslim_lab.rewriting.node_pairs import cancelled, merge
+from onnxslim_lab.rewriting.removal import is_unused, label, remove_unused
 
 
 class EliminateIdentity(Pass):

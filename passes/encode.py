@@ -12,9 +12,9 @@ from onnx import TensorProto
 from pydantic import Field
 
 from onnxslim_lab.base import Change, Context, Outcome, Pass
-from onnxslim_lab.encoding_choice import FIRST_ENCODING_OPSET, dense_bytes, smallest_plan
-from onnxslim_lab.encoding_plan import STEM, Plan, Target
-from onnxslim_lab.encoding_sparse import FIRST_OPSET as FULL_OPSET
+from onnxslim_lab.encodings.choice import FIRST_ENCODING_OPSET, dense_bytes, smallest_plan
+from onnxslim_lab.encodings.plan import STEM, Plan, Target
+from onnxslim_lab.encodings.sparse import FIRST_OPSET as FULL_OPSET
 from onnxslim_lab.errors import ModelError
 from onnxslim_lab.graph import Graph, is_op
 from onnxslim_lab.opset import raise_opset

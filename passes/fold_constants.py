@@ -10,10 +10,10 @@ from onnx import NodeProto, SparseTensorProto, TensorProto
 from pydantic import Field
 
 from onnxslim_lab.base import Change, Context, Outcome, Pass
-from onnxslim_lab.constant_steps import WRONG, ConstantSteps, Step, label
 from onnxslim_lab.errors import quote
 from onnxslim_lab.graph import Graph, attribute, is_op
 from onnxslim_lab.kernels import sizes
+from onnxslim_lab.rewriting.constant_steps import WRONG, ConstantSteps, Step, label
 from onnxslim_lab.weights import Array, from_array, stub_location, to_array
 
 GROWTH_FACTOR = 4  # with allow_growth, results may be this many times the working memory

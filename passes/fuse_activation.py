@@ -11,8 +11,8 @@ from onnx import NodeProto, TensorProto
 
 from onnxslim_lab.base import Context, Outcome, Pass
 from onnxslim_lab.graph import Graph, attribute, domain_of, is_op
-from onnxslim_lab.layer_views import set_by_caller
-from onnxslim_lab.patterns import (
+from onnxslim_lab.layer_views.storage import set_by_caller
+from onnxslim_lab.rewriting.patterns import (
     clip_bounds,
     enclosed,
     factor,

@@ -6,12 +6,12 @@ from typing import ClassVar
 
 from onnx import NodeProto
 
-from onnxslim_lab.affine import Affine, read_affine
 from onnxslim_lab.base import Change, Context, Outcome, Pass
-from onnxslim_lab.folding import fold_after, fold_before
 from onnxslim_lab.graph import Graph, is_op
-from onnxslim_lab.merging import merge
-from onnxslim_lab.sinks import find_sink, sink_at
+from onnxslim_lab.rewriting.affine import Affine, read_affine
+from onnxslim_lab.rewriting.folding import fold_after, fold_before
+from onnxslim_lab.rewriting.merging import merge
+from onnxslim_lab.rewriting.sinks import find_sink, sink_at
 
 
 class FuseBatchnorm(Pass):

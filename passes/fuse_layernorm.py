@@ -9,8 +9,8 @@ from onnx import NodeProto, TensorProto
 
 from onnxslim_lab.base import Context, Outcome, Pass
 from onnxslim_lab.graph import Graph, attribute, is_op
-from onnxslim_lab.layer_views import set_by_caller
-from onnxslim_lab.patterns import enclosed, replace_pattern, scalar, sole_reader, with_scalar
+from onnxslim_lab.layer_views.storage import set_by_caller
+from onnxslim_lab.rewriting.patterns import enclosed, replace_pattern, scalar, sole_reader, with_scalar
 
 
 class FuseLayernorm(Pass):

@@ -6,15 +6,15 @@ from typing import ClassVar
 
 from onnx import NodeProto
 
-from onnxslim_lab.affine import ELEMENTWISE, Affine, read_affine
 from onnxslim_lab.base import Change, Context, Outcome, Pass
-from onnxslim_lab.commuting import scale_further_up, scale_past_shift
-from onnxslim_lab.folding import fold_after, fold_before
-from onnxslim_lab.gemms import absorb_result_transpose, absorb_transposes, add_to_gemm
 from onnxslim_lab.graph import Graph, domain_of
-from onnxslim_lab.merging import merge
-from onnxslim_lab.pads import fold_pad
-from onnxslim_lab.sinks import Sink, find_sink, sink_at
+from onnxslim_lab.rewriting.affine import ELEMENTWISE, Affine, read_affine
+from onnxslim_lab.rewriting.commuting import scale_further_up, scale_past_shift
+from onnxslim_lab.rewriting.folding import fold_after, fold_before
+from onnxslim_lab.rewriting.gemms import absorb_result_transpose, absorb_transposes, add_to_gemm
+from onnxslim_lab.rewriting.merging import merge
+from onnxslim_lab.rewriting.pads import fold_pad
+from onnxslim_lab.rewriting.sinks import Sink, find_sink, sink_at
 
 _SUMS = ("Add", "Sum")
 _PRODUCTS = ("MatMul", "Gemm")

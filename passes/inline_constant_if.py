@@ -8,9 +8,9 @@ from onnx import NodeProto
 
 from onnxslim_lab.base import Context, Outcome, Pass
 from onnxslim_lab.graph import Graph, is_op
-from onnxslim_lab.inlining import replace_node
-from onnxslim_lab.removal import label, release
-from onnxslim_lab.signature import body_key
+from onnxslim_lab.rewriting.inlining import replace_node
+from onnxslim_lab.rewriting.removal import label, release
+from onnxslim_lab.rewriting.signature import body_key
 
 
 class InlineConstantIf(Pass):

@@ -11,8 +11,8 @@ from onnx import AttributeProto, NodeProto
 from onnxslim_lab.base import Context, Outcome, Pass
 from onnxslim_lab.errors import ModelError, quote
 from onnxslim_lab.graph import FunctionKey, Graph, domain_of
-from onnxslim_lab.inlining import replace_node
-from onnxslim_lab.removal import label
+from onnxslim_lab.rewriting.inlining import replace_node
+from onnxslim_lab.rewriting.removal import label
 
 MOST_NODES = (
     1_000_000  # a few functions that call each other twice can stand for more nodes than memory holds

@@ -7,11 +7,12 @@ from typing import ClassVar, Literal
 
 from onnx import NodeProto
 
-from onnxslim_lab import shape_edits, symbolic, view_edits
 from onnxslim_lab.base import Context, Outcome, Pass
 from onnxslim_lab.graph import Graph
 from onnxslim_lab.nodes import domain_of
-from onnxslim_lab.size_editor import SizeEditor
+from onnxslim_lab.symbols import propagation as symbolic
+from onnxslim_lab.symbols import shape_edits, view_edits
+from onnxslim_lab.symbols.size_editor import SizeEditor
 
 MOST_ROUNDS = 8  # what one edit leaves unread makes another one worth its while; two rounds are usual
 

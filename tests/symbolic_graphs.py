@@ -10,7 +10,7 @@ import onnx
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxslim_lab.dimensions import Size
+from onnxslim_lab.symbols.dimensions import Size
 
 
 def value_of(size: Size, symbols: dict[str, int]) -> int:

@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxslim_lab.data import load_data
 from onnxslim_lab.errors import DataError, ParameterError
 from onnxslim_lab.graph import Graph
-from onnxslim_lab.model_inputs import check_feed, model_inputs
+from onnxslim_lab.inputs.model_inputs import check_feed, model_inputs
 
 OPEN = """<ir_version: 9, opset_import: ["" : 18]>
 g (float[n, 3] x, int64[n] ids) => (float[n, 3] y) { y = Relu(x) }"""

@@ -7,10 +7,10 @@ import math
 import numpy as np
 import pytest
 
-from onnxslim_lab import runtime_plan
 from onnxslim_lab.divergence import PROBES, first_divergence
 from onnxslim_lab.graph import Graph
 from onnxslim_lab.kernels import lookup
+from onnxslim_lab.running import plan as runtime_plan
 from onnxslim_lab.sessions import Runner
 
 HEAD = '<ir_version: 9, opset_import: ["": 17]>'

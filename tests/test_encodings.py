@@ -8,14 +8,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx import GraphProto, TensorProto, helper, numpy_helper
 
-from onnxslim_lab import encoding_choice
-from onnxslim_lab.encoding_choice import all_options, dense_bytes, smallest_plan
-from onnxslim_lab.encoding_facts import Facts, find_palette, narrow_types
-from onnxslim_lab.encoding_grid import grid_options
-from onnxslim_lab.encoding_packing import index_width, pack, packed_bytes
-from onnxslim_lab.encoding_plan import BFLOAT16, Plan, Target, bit_view, message, numpy_type, same_bits
-from onnxslim_lab.encoding_sparse import best_low, distances_of, rice_bits, rice_code
-from onnxslim_lab.encodings import Option
+from onnxslim_lab.encodings import choice as encoding_choice
+from onnxslim_lab.encodings.choice import all_options, dense_bytes, smallest_plan
+from onnxslim_lab.encodings.facts import Facts, find_palette, narrow_types
+from onnxslim_lab.encodings.grid import grid_options
+from onnxslim_lab.encodings.options import Option
+from onnxslim_lab.encodings.packing import index_width, pack, packed_bytes
+from onnxslim_lab.encodings.plan import BFLOAT16, Plan, Target, bit_view, message, numpy_type, same_bits
+from onnxslim_lab.encodings.sparse import best_low, distances_of, rice_bits, rice_code
 
 IR_OF_OPSET = {7: 3, 8: 3, 9: 4, 10: 5, 11: 6, 13: 7, 17: 8, 21: 10, 25: 13}
 DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "uint8", "bool")

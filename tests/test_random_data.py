@@ -6,10 +6,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxslim_lab.errors import ParameterError, SessionError
 from onnxslim_lab.graph import Graph
-from onnxslim_lab.probe import data_at_two_shapes, runnable_data
-from onnxslim_lab.random_data import random_data
+from onnxslim_lab.inputs.probe import data_at_two_shapes, runnable_data
+from onnxslim_lab.inputs.random_data import random_data
+from onnxslim_lab.inputs.value_ranges import find_range
 from onnxslim_lab.sessions import Runner
-from onnxslim_lab.value_ranges import find_range
 
 
 def parse(signature, body, opset=18):

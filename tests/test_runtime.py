@@ -11,11 +11,12 @@ from hypothesis import HealthCheck, assume, given, settings
 from onnx import TensorProto, helper, numpy_helper
 from runtime_helper import HEAD, agrees
 
-from onnxslim_lab import runtime, runtime_plan
+from onnxslim_lab import runtime
 from onnxslim_lab.errors import DataError, ParameterError, RunError
 from onnxslim_lab.graph import Graph
 from onnxslim_lab.kernels import lookup
 from onnxslim_lab.metrics import compare_outputs
+from onnxslim_lab.running import plan as runtime_plan
 from onnxslim_lab.runtime import Interpreter
 from onnxslim_lab.sessions import Runner
 

@@ -6,10 +6,13 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from runtime_helper import HEAD, agrees
 
-from onnxslim_lab import runtime, runtime_functions, runtime_plan, runtime_support
+from onnxslim_lab import runtime
 from onnxslim_lab.errors import ModelError, ParameterError, RunError, UnsupportedError
 from onnxslim_lab.graph import Graph
 from onnxslim_lab.kernels import lookup
+from onnxslim_lab.running import functions as runtime_functions
+from onnxslim_lab.running import plan as runtime_plan
+from onnxslim_lab.running import support as runtime_support
 from onnxslim_lab.runtime import Interpreter
 from onnxslim_lab.sessions import Runner
 

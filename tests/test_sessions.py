@@ -13,11 +13,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from onnxslim_lab._messages import dtype_named
-from onnxslim_lab._session_binding import pack, unpack
 from onnxslim_lab.errors import DataError, ParameterError, SessionError
 from onnxslim_lab.graph import Graph
 from onnxslim_lab.sessions import Runner, SessionTooLarge
+from onnxslim_lab.worker.binding import pack, unpack
+from onnxslim_lab.worker.messages import dtype_named
 
 SMALL = """<ir_version: 9, opset_import: ["" : 18]>
 small (float[n, 2] x, float[2] b) => (float[n, 2] y) { h = Add(x, b)  y = Relu(h) }"""
@@ -270,7 +270,7 @@ def test_only_a_few_models_are_kept_and_a_stream_survives_that(runner):
 
 
 def test_external_data_is_shared_by_variants(runner, monkeypatch):
-    monkeypatch.setattr("onnxslim_lab._session_files.EXTERNAL_ABOVE", 1000)
+    monkeypatch.setattr("onnxslim_lab.worker.files.EXTERNAL_ABOVE", 1000)
     model = onnx.parser.parse_model(
         '<ir_version: 9, opset_import: ["" : 18]> big (float[1, 64] x) => (float[1, 64] y)'
         "{ h = MatMul(x, w)  y = Neg(h) }"

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from symbolic_graphs import shape_models, value_of
 
-from onnxslim_lab import dimensions as d
-from onnxslim_lab import symbolic
 from onnxslim_lab.graph import Graph
+from onnxslim_lab.symbols import dimensions as d
+from onnxslim_lab.symbols import propagation as symbolic
 
 N, S = d.symbol("n"), d.symbol("s")
 HEADER = '<ir_version: 8, opset_import: ["" : 17]>\n'

@@ -1,0 +1,1 @@
+"""How each kind of weighted node is seen as a matrix."""

@@ -1,0 +1,1 @@
+"""What the exact passes share: facts about nodes and constants, and edits made of several steps."""

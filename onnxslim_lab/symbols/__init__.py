@@ -1,0 +1,1 @@
+"""Symbolic sizes: their arithmetic, their propagation through a graph, and edits that follow from them."""

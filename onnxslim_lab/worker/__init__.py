@@ -1,0 +1,1 @@
+"""The child process that runs onnxruntime, and how it is talked to."""
