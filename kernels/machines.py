@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from onnxslim_lab.kernels.activation import Sigmoid
+from onnxslim_lab.kernels.kept import kept
 from onnxslim_lab.kernels.ml import ML
 from onnxslim_lab.kernels.registry import Array, kernel
 from onnxslim_lab.kernels.scores import labels_at, transformed, two_classes
@@ -75,7 +77,7 @@ def similarity(rows: Array, vectors: Array, kernel_type: str, kernel_params: Seq
         ValueError: The kernel is unknown.
     """
     gamma, offset, degree = kernel_params or (0.0, 0.0, 0.0)
-    product = rows.astype(np.float64) @ vectors.T.astype(np.float64)
+    product = rows.astype(np.float64) @ vectors.astype(np.float64, copy=False).T
     if kernel_type == "LINEAR":
         return np.asarray(product)
     if kernel_type == "POLY":
@@ -83,7 +85,7 @@ def similarity(rows: Array, vectors: Array, kernel_type: str, kernel_params: Seq
     if kernel_type == "SIGMOID":
         return np.tanh(gamma * product + offset)
     if kernel_type == "RBF":
-        left, right = (np.square(side.astype(np.float64)).sum(1) for side in (rows, vectors))
+        left, right = (np.square(side.astype(np.float64, copy=False)).sum(1) for side in (rows, vectors))
         return np.asarray(np.exp(-gamma * np.maximum(left[:, None] - 2 * product + right, 0)))
     raise ValueError(f"kernel_type {kernel_type!r} is not LINEAR, POLY, RBF or SIGMOID")
 
@@ -145,6 +147,42 @@ def coupled(pairs: Array) -> Array:
     return chance
 
 
+@dataclass(frozen=True)
+class Pairwise:
+    """A machine for every pair of classes.
+
+    Attributes:
+        vectors: Support vectors in float64, (V, F).
+        weights: Their weights in every machine, (V, pairs); 0 for those of other classes.
+        firsts, seconds: The classes of every pair.
+    """
+
+    vectors: Array
+    weights: Array
+    firsts: Array
+    seconds: Array
+
+
+@kept
+def _pairwise(
+    coefficients: Sequence[float] | None,
+    support_vectors: Sequence[float] | None,
+    vectors_per_class: Sequence[int],
+) -> Pairwise:
+    """Return the machines that libsvm's attributes stand for: the weights of a class differ by the other one."""
+    ends = np.cumsum(vectors_per_class)
+    starts = ends - np.array(vectors_per_class)
+    count = int(ends[-1])
+    duals = np.array(coefficients, np.float64).reshape(-1, count)
+    firsts, seconds = np.triu_indices(len(ends), 1)
+    weights = np.zeros((count, len(firsts)))
+    for pair, (i, j) in enumerate(zip(firsts.tolist(), seconds.tolist(), strict=True)):
+        own, other = slice(starts[i], ends[i]), slice(starts[j], ends[j])
+        weights[own, pair], weights[other, pair] = duals[j - 1, own], duals[i, other]
+    vectors = np.array(support_vectors, np.float32).reshape(count, -1).astype(np.float64)
+    return Pairwise(vectors, weights, firsts, seconds)
+
+
 @kernel("SVMClassifier", since=1, domain=ML)
 def SVMClassifier(
     X: Array,
@@ -174,17 +212,10 @@ def SVMClassifier(
         scores = (similarity(rows, weights, "LINEAR", None) + offsets[0]).astype(np.float32)
         place = scores.argmax(1)
         return labels_at(place, classlabels_ints, classlabels_strings), transformed(scores, post_transform)
-    ends = np.cumsum(vectors_per_class)
-    starts = ends - np.array(vectors_per_class)
-    vectors = np.array(support_vectors, np.float32).reshape(int(ends[-1]), -1)
-    kernels = similarity(rows, vectors, kernel_type, kernel_params)
-    duals = np.array(coefficients, np.float64).reshape(-1, int(ends[-1]))
-    firsts, seconds = np.triu_indices(classes, 1)
-    decisions = np.empty((len(rows), len(firsts)))
-    for pair, (i, j) in enumerate(zip(firsts.tolist(), seconds.tolist(), strict=True)):
-        own, other = slice(starts[i], ends[i]), slice(starts[j], ends[j])
-        decisions[:, pair] = kernels[:, own] @ duals[j - 1, own] + kernels[:, other] @ duals[i, other]
-    decisions += offsets[: len(firsts)]
+    machines = _pairwise(coefficients, support_vectors, vectors_per_class)
+    firsts, seconds = machines.firsts, machines.seconds
+    kernels = similarity(rows, machines.vectors, kernel_type, kernel_params)
+    decisions = kernels @ machines.weights + offsets[: len(firsts)]
     votes = np.zeros((len(rows), classes), np.int64)
     winners = np.where(decisions > 0, firsts, seconds)
     np.add.at(votes, (np.arange(len(rows))[:, None], winners), 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -10,12 +11,11 @@ from onnxslim_lab.kernels.kept import kept
 from onnxslim_lab.kernels.ml import ML
 from onnxslim_lab.kernels.registry import Array, kernel
 from onnxslim_lab.kernels.scores import TRANSFORMS, labels_at, transformed, two_classes
-from onnxslim_lab.kernels.trees import grown, planted
+from onnxslim_lab.kernels.trees import Forest, grown, planted
 
 _AGGREGATES = ("AVERAGE", "SUM", "MIN", "MAX")
 
 
-@kept
 def numbers(operator: str, floats: Sequence[float] | None, tensor: Array | None) -> Array:
     """Return the one of a float attribute and its tensor twin that is given; empty without either.
 
@@ -109,6 +109,82 @@ def TreeEnsembleClassifier_3(
     Of two classes only one may have weights. They score the second class, whichever is named, which is
     chosen above 0.5 when no weight is negative, else above 0.
     """
+    known = _classifier(
+        base_values=base_values,
+        base_values_as_tensor=base_values_as_tensor,
+        class_ids=class_ids,
+        class_nodeids=class_nodeids,
+        class_treeids=class_treeids,
+        class_weights=class_weights,
+        class_weights_as_tensor=class_weights_as_tensor,
+        labels=classlabels_strings or classlabels_int64s,
+        nodes_falsenodeids=nodes_falsenodeids,
+        nodes_featureids=nodes_featureids,
+        nodes_missing_value_tracks_true=nodes_missing_value_tracks_true,
+        nodes_modes=nodes_modes,
+        nodes_nodeids=nodes_nodeids,
+        nodes_treeids=nodes_treeids,
+        nodes_truenodeids=nodes_truenodeids,
+        nodes_values=nodes_values,
+        nodes_values_as_tensor=nodes_values_as_tensor,
+    )
+    base = known.base
+    total = known.forest.votes(compared(X), known.count, "SUM")
+    if not known.alone:
+        scores = total + base if len(base) else total
+        found = labels_at(scores.argmax(1), classlabels_int64s, classlabels_strings)
+        return found, transformed(scores.astype(np.float32), post_transform)
+    column = int(known.forest.targets[0])
+    if len(base):
+        total[:, column] += base[0]
+    place = (total[:, column] > (0.5 if known.positive else 0)).astype(np.int64)
+    found = labels_at(place, classlabels_int64s, classlabels_strings)
+    if column:
+        return found, transformed(total.astype(np.float32), post_transform)
+    return found, two_classes(total[:, :1].astype(np.float32), post_transform, probability=known.positive)
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """What a TreeEnsembleClassifier knows from its attributes.
+
+    Attributes:
+        forest: The trees.
+        base: What is added to the scores; may be empty.
+        count: Number of scores.
+        alone: One of two classes has all the weights.
+        positive: No weight is negative.
+    """
+
+    forest: Forest
+    base: Array
+    count: int
+    alone: bool
+    positive: bool
+
+
+@kept
+def _classifier(
+    *,
+    base_values: Sequence[float] | None,
+    base_values_as_tensor: Array | None,
+    class_ids: Sequence[int] | None,
+    class_nodeids: Sequence[int] | None,
+    class_treeids: Sequence[int] | None,
+    class_weights: Sequence[float] | None,
+    class_weights_as_tensor: Array | None,
+    labels: Sequence[int] | Sequence[str] | None,
+    nodes_falsenodeids: Sequence[int] | None,
+    nodes_featureids: Sequence[int] | None,
+    nodes_missing_value_tracks_true: Sequence[int] | None,
+    nodes_modes: Sequence[str] | None,
+    nodes_nodeids: Sequence[int] | None,
+    nodes_treeids: Sequence[int] | None,
+    nodes_truenodeids: Sequence[int] | None,
+    nodes_values: Sequence[float] | None,
+    nodes_values_as_tensor: Array | None,
+) -> Classifier:
+    """Return what the attributes of a TreeEnsembleClassifier say, made once."""
     splits = numbers("TreeEnsembleClassifier", nodes_values, nodes_values_as_tensor)
     weights = numbers("TreeEnsembleClassifier", class_weights, class_weights_as_tensor)
     base = numbers("TreeEnsembleClassifier", base_values, base_values_as_tensor).astype(np.float64)
@@ -121,25 +197,17 @@ def TreeEnsembleClassifier_3(
         "featureids": nodes_featureids,
         "missing_value_tracks_true": nodes_missing_value_tracks_true,
     }
-    votes = {"treeids": class_treeids, "nodeids": class_nodeids, "ids": class_ids}
-    forest = grown(nodes, votes, splits, weights)
-    labels = classlabels_strings or classlabels_int64s or ()
-    count = max(len(labels), int(forest.targets.max(initial=0)) + 1)
-    total, _ = forest.votes(compared(X), count, "SUM")
-    alone = len(labels) == 2 and len(base) < 2 and len(np.unique(forest.targets)) == 1
-    if not alone:
-        scores = total + base if len(base) else total
-        found = labels_at(scores.argmax(1), classlabels_int64s, classlabels_strings)
-        return found, transformed(scores.astype(np.float32), post_transform)
-    column = int(forest.targets[0])
-    if len(base):
-        total[:, column] += base[0]
-    positive = bool((weights >= 0).all())
-    place = (total[:, column] > (0.5 if positive else 0)).astype(np.int64)
-    found = labels_at(place, classlabels_int64s, classlabels_strings)
-    if column:
-        return found, transformed(total.astype(np.float32), post_transform)
-    return found, two_classes(total[:, :1].astype(np.float32), post_transform, probability=positive)
+    forest = grown(
+        nodes, {"treeids": class_treeids, "nodeids": class_nodeids, "ids": class_ids}, splits, weights
+    )
+    number = len(labels or ())
+    return Classifier(
+        forest=forest,
+        base=base,
+        count=max(number, int(forest.targets.max(initial=0)) + 1),
+        alone=number == 2 and len(base) < 2 and len(np.unique(forest.targets)) == 1,
+        positive=bool((weights >= 0).all()),
+    )
 
 
 @kernel("TreeEnsembleRegressor", since=1, domain=ML)
@@ -214,6 +282,49 @@ def TreeEnsembleRegressor_3(
     target_weights_as_tensor: Array | None = None,
 ) -> Array:
     """Return the aggregated weights of the leaves for every target, plus base values, in float32."""
+    forest, base = _regressor(
+        base_values=base_values,
+        base_values_as_tensor=base_values_as_tensor,
+        nodes_falsenodeids=nodes_falsenodeids,
+        nodes_featureids=nodes_featureids,
+        nodes_missing_value_tracks_true=nodes_missing_value_tracks_true,
+        nodes_modes=nodes_modes,
+        nodes_nodeids=nodes_nodeids,
+        nodes_treeids=nodes_treeids,
+        nodes_truenodeids=nodes_truenodeids,
+        nodes_values=nodes_values,
+        nodes_values_as_tensor=nodes_values_as_tensor,
+        target_ids=target_ids,
+        target_nodeids=target_nodeids,
+        target_treeids=target_treeids,
+        target_weights=target_weights,
+        target_weights_as_tensor=target_weights_as_tensor,
+    )
+    total = forest.votes(compared(X), n_targets or 1, aggregate_function)
+    return transformed((total + base if len(base) else total).astype(np.float32), post_transform)
+
+
+@kept
+def _regressor(
+    *,
+    base_values: Sequence[float] | None,
+    base_values_as_tensor: Array | None,
+    nodes_falsenodeids: Sequence[int] | None,
+    nodes_featureids: Sequence[int] | None,
+    nodes_missing_value_tracks_true: Sequence[int] | None,
+    nodes_modes: Sequence[str] | None,
+    nodes_nodeids: Sequence[int] | None,
+    nodes_treeids: Sequence[int] | None,
+    nodes_truenodeids: Sequence[int] | None,
+    nodes_values: Sequence[float] | None,
+    nodes_values_as_tensor: Array | None,
+    target_ids: Sequence[int] | None,
+    target_nodeids: Sequence[int] | None,
+    target_treeids: Sequence[int] | None,
+    target_weights: Sequence[float] | None,
+    target_weights_as_tensor: Array | None,
+) -> tuple[Forest, Array]:
+    """Return the forest of a TreeEnsembleRegressor and its base values, made once."""
     splits = numbers("TreeEnsembleRegressor", nodes_values, nodes_values_as_tensor)
     weights = numbers("TreeEnsembleRegressor", target_weights, target_weights_as_tensor)
     base = numbers("TreeEnsembleRegressor", base_values, base_values_as_tensor).astype(np.float64)
@@ -228,8 +339,7 @@ def TreeEnsembleRegressor_3(
     }
     votes = {"treeids": target_treeids, "nodeids": target_nodeids, "ids": target_ids}
     forest = grown(nodes, votes, splits, weights)
-    total, _ = forest.votes(compared(X), n_targets or 1, aggregate_function)
-    return transformed((total + base if len(base) else total).astype(np.float32), post_transform)
+    return forest, base
 
 
 @kernel("TreeEnsemble", since=5, domain=ML)
@@ -268,5 +378,5 @@ def TreeEnsemble(
         nodes_truenodeids=nodes_truenodeids,
         tree_roots=tree_roots,
     )
-    total, _ = forest.votes(compared(X), n_targets or 1, _AGGREGATES[aggregate_function])
+    total = forest.votes(compared(X), n_targets or 1, _AGGREGATES[aggregate_function])
     return transformed(total.astype(X.dtype), TRANSFORMS[post_transform])

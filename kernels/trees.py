@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ MODES = ("BRANCH_LEQ", "BRANCH_LT", "BRANCH_GTE", "BRANCH_GT", "BRANCH_EQ", "BRA
 LEAF = len(MODES)
 _COMPARE = (np.less_equal, np.less, np.greater_equal, np.greater, np.equal, np.not_equal)
 _PLACES = 1 << 21  # rows times trees walked at once
+_FEW = 1 << 16  # rows times nodes compared, or votes added, where NumPy's calls cost more than their work
+_TABLE = 1 << 18  # nodes times targets whose sums are kept
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,11 @@ class Forest:
         Raises:
             ValueError: A walk does not end: the nodes form a cycle.
         """
+        kinds = self.kinds
+        one = len(kinds) == 1 and kinds[0] < len(_COMPARE) and rows.shape[1] > self.last_feature
+        if one and 0 < len(rows) * len(self.mode) <= _FEW:
+            return np.array([self._jump(row, _COMPARE[kinds[0]]) for row in rows])
         here = np.broadcast_to(self.roots, (len(rows), len(self.roots))).copy()
-        kinds = np.unique(self.mode[self.mode != LEAF]).tolist()
         open_rows, open_trees = np.nonzero(self.mode[here] != LEAF)
         node = here[open_rows, open_trees]
         for _ in range(len(self.mode)):
@@ -68,6 +74,43 @@ class Forest:
         if len(node):
             raise ValueError("the nodes of a tree form a cycle")
         return here
+
+    @cached_property
+    def kinds(self) -> list[int]:
+        """Numbers of the comparisons that occur."""
+        kinds: list[int] = np.unique(self.mode[self.mode != LEAF]).tolist()
+        return kinds
+
+    @cached_property
+    def last_feature(self) -> int:
+        """The greatest feature compared."""
+        return int(self.feature[self.mode != LEAF].max(initial=-1))
+
+    @cached_property
+    def _ways(self) -> tuple[Array, Array, Array, int, bool]:
+        """Features, next nodes where they hold and where not (a leaf's is itself), depth, any missing_true."""
+        leaf, own = self.mode == LEAF, np.arange(len(self.mode))
+        true, false = np.where(leaf, own, self.true), np.where(leaf, own, self.false)
+        depth, level = 0, np.unique(self.roots)
+        while len(level := level[~leaf[level]]):
+            level = np.unique(np.concatenate((true[level], false[level])))
+            depth += 1
+            if depth > len(own):
+                raise ValueError("the nodes of a tree form a cycle")
+        return np.where(leaf, 0, self.feature), true, false, depth, bool(self.missing_true.any())
+
+    def _jump(self, row: Array, compare: np.ufunc) -> Array:
+        """Return the leaf that one row reaches in every tree: all nodes are compared before any is walked."""
+        feature, true, false, depth, missing = self._ways
+        value = row.take(feature)
+        follows = compare(value, self.split)
+        if missing and np.isnan(row).any():
+            follows |= np.isnan(value) & self.missing_true
+        following = np.where(follows, true, false)
+        node = self.roots
+        for _ in range(depth):
+            node = following.take(node)
+        return np.asarray(node)
 
     def _holds(self, value: Array, node: Array, kinds: list[int]) -> Array:
         """Return where the comparison of a node holds for a value."""
@@ -86,8 +129,18 @@ class Forest:
                 result[same] = np.isin(value[same], self.members[place])
         return result
 
-    def votes(self, rows: Array, targets: int, aggregate: str) -> tuple[Array, Array]:
-        """Return the weights voted for, added up or as `aggregate` says, and who got a vote: (N, targets).
+    @cached_property
+    def _sums(self) -> Array:
+        """The sum of the votes of every node for every target that has some: (nodes, targets)."""
+        width = int(self.targets.max(initial=0)) + 1
+        first, count = self.leaf_of[:, 0], self.leaf_of[:, 1] - self.leaf_of[:, 0]
+        node = np.repeat(np.arange(len(count)), count)
+        vote = np.arange(len(node)) - np.repeat(count.cumsum() - count, count) + np.repeat(first, count)
+        flat = node * width + self.targets[vote]
+        return np.bincount(flat, self.weights[vote], len(count) * width).reshape(-1, width)
+
+    def votes(self, rows: Array, targets: int, aggregate: str) -> Array:
+        """Return the weights voted for, added up or as `aggregate` says: (N, targets), 0 without a vote.
 
         Sums are taken in float64.
 
@@ -96,6 +149,10 @@ class Forest:
         """
         if aggregate not in {"SUM", "AVERAGE", "MIN", "MAX"}:
             raise ValueError(f"aggregate_function {aggregate!r} is not SUM, AVERAGE, MIN or MAX")
+        few = len(rows) * len(self.roots) * targets <= _FEW and len(self.mode) * targets <= _TABLE
+        if few and aggregate in {"SUM", "AVERAGE"} and targets == int(self.targets.max(initial=0)) + 1:
+            sums = self._sums.take(self.leaves(rows), 0).sum(1)
+            return np.asarray(sums / max(len(self.roots), 1) if aggregate == "AVERAGE" else sums)
         start = {"MIN": np.inf, "MAX": -np.inf}.get(aggregate, 0.0)
         total = np.full((len(rows), targets), start)
         voted = np.zeros((len(rows), targets), np.bool_)
@@ -105,7 +162,7 @@ class Forest:
             self._collect(rows[part], total[part], voted[part], aggregate)
         if aggregate == "AVERAGE":
             total /= max(len(self.roots), 1)
-        return np.where(voted, total, 0.0), voted
+        return np.where(voted, total, 0.0)
 
     def _collect(self, rows: Array, total: Array, voted: Array, aggregate: str) -> None:
         """Put the votes for some rows into `total` and `voted`."""
@@ -138,7 +195,6 @@ def numbered(keys: Array, wanted: Array) -> Array:
     return np.asarray(found)
 
 
-@kept
 def grown(nodes: dict[str, Any], votes: dict[str, Any], splits: Array, weights: Array) -> Forest:
     """Return the forest of TreeEnsembleClassifier or -Regressor attributes.
 
