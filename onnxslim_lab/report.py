@@ -145,9 +145,7 @@ class Report(_Part):
         table = Table(title=f"{_safe(self.source)}", title_justify="left")
         for heading in ("step", "bytes", "nodes", "changes", "weights", "seconds", "outputs"):
             justify: Literal["left", "right"] = "left" if heading in ("step", "outputs") else "right"
-            table.add_column(
-                heading, justify=justify, overflow="fold", ratio=2 if heading == "step" else None
-            )
+            table.add_column(heading, justify=justify, overflow="fold", no_wrap=justify == "right")
         table.add_row("(original)", f"{self.bytes_before:,}", f"{self.nodes_before:,}", "", "", "", "")
         for step in self.steps:
             table.add_row(
