@@ -20,6 +20,8 @@ NARROWEST = 256
 """Positions that a product has at least: below that packing the weights dominates."""
 WASTE = 12
 """Multiplications per copied element that the dropped positions may cost before exact is faster."""
+SMALL = 1 << 15
+"""Elements of all columns up to which one copy and one product are fastest."""
 PLANES = 9
 """Planes that the input is split into at most; greater strides take the exact way."""
 
@@ -55,6 +57,8 @@ def convolve(x: Array, w: Array, bias: Array | None, window: Window, groups: int
         return y if bias is None else y + bias.reshape(-1, *[1] * len(window.output))
     if window.is_pointwise:
         return pointwise(x, w, bias, window, groups)
+    if x.shape[0] * x.shape[1] * volume(window.kernel) * volume(window.output) <= SMALL:
+        return at_once(x, w, bias, window, groups)
     rows = w.shape[0] // groups
     if rows * dropped(window) > WASTE or volume(window.strides) > PLANES:
         return exact(x, w, bias, window, groups)
@@ -103,13 +107,10 @@ def flat(x: Array, w: Array, bias: Array | None, window: Window, groups: int) ->
     return np.ascontiguousarray(kept)
 
 
-def exact(x: Array, w: Array, bias: Array | None, window: Window, groups: int) -> Array:
-    """Convolve over exactly the positions of the output, some rows of its first axis at a time."""
+def contents(x: Array, window: Window, groups: int) -> Array:
+    """Return what the windows hold, (N, groups, C / groups, kernel..., output...): a view of the padded x."""
     padded = np.ascontiguousarray(pad_spatial(x, window.begins, window.ends))
-    batch, channels = x.shape[0], x.shape[1] // groups
-    rows, depth = w.shape[0] // groups, channels * volume(window.kernel)
-    matrix = w.reshape(groups, rows, depth)
-    source = padded.reshape(batch, groups, channels, *padded.shape[2:])
+    source = padded.reshape(x.shape[0], groups, x.shape[1] // groups, *padded.shape[2:])
     jumps = source.strides[3:]
     view: Array = np.ndarray(
         (*source.shape[:3], *window.kernel, *window.output),
@@ -122,6 +123,25 @@ def exact(x: Array, w: Array, bias: Array | None, window: Window, groups: int) -
             *(jump * step for jump, step in zip(jumps, window.strides, strict=True)),
         ),
     )
+    return view
+
+
+def at_once(x: Array, w: Array, bias: Array | None, window: Window, groups: int) -> Array:
+    """Convolve with one product per group over all columns."""
+    matrix = w.reshape(groups, w.shape[0] // groups, -1)
+    columns = contents(x, window, groups).reshape(x.shape[0], groups, matrix.shape[2], -1)
+    y: Array = np.matmul(matrix, columns).reshape(x.shape[0], w.shape[0], -1)
+    if bias is not None:
+        y += bias[:, None]
+    return y.reshape(x.shape[0], w.shape[0], *window.output)
+
+
+def exact(x: Array, w: Array, bias: Array | None, window: Window, groups: int) -> Array:
+    """Convolve over exactly the positions of the output, some rows of its first axis at a time."""
+    batch, channels = x.shape[0], x.shape[1] // groups
+    rows, depth = w.shape[0] // groups, channels * volume(window.kernel)
+    matrix = w.reshape(groups, rows, depth)
+    view = contents(x, window, groups)
     per_row = volume(window.output[1:])
     height, rank = window.output[0], len(window.output)
     tile = min(height, -(-max(NARROWEST, TILE // depth) // per_row))

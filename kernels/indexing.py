@@ -76,15 +76,7 @@ def sliced(
         raise ValueError("Slice: a step is 0")
     window = [slice(None)] * data.ndim
     for axis, start, end, step in zip(chosen, starts, ends, strides, strict=True):
-        length = data.shape[axis]
-        first = start + length if start < 0 else start
-        last = end + length if end < 0 else end
-        if step > 0:
-            window[axis] = slice(min(max(first, 0), length), min(max(last, 0), length), step)
-        else:
-            first, last = min(max(first, -1), length - 1), min(max(last, -1), length - 1)
-            empty = first < 0 or first <= last
-            window[axis] = slice(0, 0) if empty else slice(first, last if last >= 0 else None, step)
+        window[axis] = slice(start, end, step)  # clamps as the specification does
     return data[tuple(window)]
 
 

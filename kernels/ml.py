@@ -190,7 +190,7 @@ def OneHotEncoder(
 @kernel("ArrayFeatureExtractor", since=1, domain=ML)
 def ArrayFeatureExtractor(X: Array, Y: Array) -> Array:
     """Return the entries of X's last axis at the indices Y: at least a matrix."""
-    return np.atleast_2d(X)[..., Y.reshape(-1)]
+    return (X if X.ndim > 1 else np.atleast_2d(X)).take(Y.reshape(-1), -1)
 
 
 @kernel("Binarizer", since=1, domain=ML)

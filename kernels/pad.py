@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
 
 from onnxslim_lab.kernels.registry import Array, kernel
 from onnxslim_lab.kernels.shape import positive_axes
+
+
+@functools.lru_cache(maxsize=64)
+def places(mode: str, length: int, before: int, after: int) -> Array:
+    """Return which positions of an axis stand along the padded one.
+
+    Raises:
+        ValueError: The axis is empty.
+
+    >>> places("reflect", 3, 2, 1).tolist(), places("edge", 3, 2, 1).tolist(), places("wrap", 3, 2, 1).tolist()
+    ([2, 1, 0, 1, 2, 1], [0, 0, 0, 1, 2, 2], [1, 2, 0, 1, 2, 0])
+    """
+    if not length:
+        raise ValueError(f"Pad: an empty axis cannot be padded in mode {mode!r}")
+    position = np.arange(-before, length + after)
+    if mode == "edge" or length == 1:
+        return position.clip(0, length - 1)
+    if mode == "wrap":
+        return np.asarray(position % length)
+    position %= 2 * (length - 1)
+    return np.minimum(position, 2 * (length - 1) - position)
 
 
 def padded(data: Array, pads: Sequence[int], mode: str, value: Array, axes: Sequence[int]) -> Array:
@@ -27,7 +49,10 @@ def padded(data: Array, pads: Sequence[int], mode: str, value: Array, axes: Sequ
         widths[axis] = (max(before, 0), max(after, 0))
     data = data[tuple(kept)]
     if mode != "constant":
-        return np.pad(data, widths, mode=mode)  # type: ignore[call-overload, no-any-return]
+        for axis, width in enumerate(widths):
+            if any(width):
+                data = data.take(places(mode, data.shape[axis], *width), axis)
+        return data
     shape = [length + sum(width) for length, width in zip(data.shape, widths, strict=True)]
     filling = value.reshape(()).astype(data.dtype)
     blank = data.dtype != object and not filling

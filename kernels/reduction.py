@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +17,9 @@ from onnxslim_lab.kernels.shape import positive_axes
 Axes = tuple[int, ...]
 Reduction = Callable[[Array, Axes], Array]
 
+SHORT = 8
+"""Length of a last axis up to which operations on its slices are faster than reductions along it."""
+
 
 def total(x: Array, axes: Axes) -> Array:
     """Return the sum, kept in x's dtype."""
@@ -23,7 +28,7 @@ def total(x: Array, axes: Axes) -> Array:
 
 def mean(x: Array, axes: Axes) -> Array:
     """Return the mean; of integers, cut towards zero."""
-    count = int(np.prod([x.shape[axis] for axis in axes], dtype=np.int64))
+    count = math.prod(x.shape[axis] for axis in axes)
     if is_integer(x.dtype):
         return np.asarray(np.trunc(np.sum(x, axis=axes, keepdims=True, dtype=np.int64) / count))
     return np.asarray(total(x, axes) / np.asarray(count, x.dtype))
@@ -43,13 +48,23 @@ def ends(dtype: np.dtype[Any]) -> tuple[object, object]:
     return -np.inf, np.inf
 
 
+def slices(x: Array, axes: Axes) -> list[Array]:
+    """Return the slices along a short last axis that is alone reduced: NumPy is slow there; else nothing."""
+    length = x.shape[-1] if axes == (x.ndim - 1,) else 0
+    return [x[..., i : i + 1] for i in range(length)] if 2 <= length <= SHORT else []
+
+
 def greatest(x: Array, axes: Axes) -> Array:
     """Return the maximum; of nothing, the least value of the dtype."""
+    if parts := slices(x, axes):
+        return np.asarray(functools.reduce(np.maximum, parts))
     return np.asarray(np.max(x, axis=axes, keepdims=True, initial=ends(x.dtype)[0]))  # type: ignore[call-overload]
 
 
 def least(x: Array, axes: Axes) -> Array:
     """Return the minimum; of nothing, the greatest value of the dtype."""
+    if parts := slices(x, axes):
+        return np.asarray(functools.reduce(np.minimum, parts))
     return np.asarray(np.min(x, axis=axes, keepdims=True, initial=ends(x.dtype)[1]))  # type: ignore[call-overload]
 
 

@@ -20,6 +20,8 @@ def positive_axes(axes: Sequence[int] | Array, rank: int) -> list[int]:
     [2, 0]
     """
     given = axes.reshape(-1).tolist() if isinstance(axes, np.ndarray) else axes
+    if len(given) == 1 and -rank <= given[0] < rank:
+        return [int(given[0]) % rank]
     result = [int(axis) + (rank if axis < 0 else 0) for axis in given]
     if len(set(result)) != len(result) or (result and not 0 <= min(result) <= max(result) < rank):
         raise ValueError(f"axes {list(map(int, axes))} do not fit rank {rank}")
