@@ -89,7 +89,7 @@ def Swish(X: Array, *, alpha: float = 1.0) -> Array:
 def HardSwish(X: Array) -> Array:
     """Return X * max(0, min(1, X / 6 + 1 / 2))."""
     x = wide(X)
-    gate = x * scalar(1 / 6, x)
+    gate = np.asarray(x * scalar(1 / 6, x))
     gate += scalar(0.5, x)
     np.clip(gate, 0, 1, out=gate)
     gate *= x

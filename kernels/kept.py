@@ -25,7 +25,7 @@ def kept(make: Callable[P, R]) -> Callable[P, R]:
     >>> pairs(numbers) is pairs(numbers), pairs([1, 2]) is pairs([1, 2])
     (True, False)
     """
-    calls: OrderedDict[tuple[int | str, ...], tuple[tuple[Any, ...], R]] = OrderedDict()
+    calls: OrderedDict[tuple[object, ...], tuple[tuple[Any, ...], R]] = OrderedDict()
 
     @functools.wraps(make)
     def call(*arguments: P.args, **named: P.kwargs) -> R:

@@ -155,10 +155,17 @@ def pad_spatial(x: Array, before: Ints, after: Ints) -> Array:
     """Return x (N, C, ...) with zeros around its spatial axes; x itself where there is nothing to add."""
     if not any(before) and not any(after):
         return x
-    sides = list(zip(before, x.shape[2:], after, strict=True))
-    result = np.zeros((*x.shape[:2], *(sum(side) for side in sides)), x.dtype)
-    result[region(slice(b, b + length) for b, length, _ in sides)] = x
+    shape, inside = _frame(x.shape[2:], tuple(before), tuple(after))
+    result = np.zeros(x.shape[:2] + shape, x.dtype)
+    result[inside] = x
     return result
+
+
+@functools.lru_cache(maxsize=1024)
+def _frame(lengths: tuple[int, ...], before: Ints, after: Ints) -> tuple[tuple[int, ...], tuple[Any, ...]]:
+    """Return the lengths with the padding, and where the unpadded part is."""
+    sides = list(zip(before, lengths, after, strict=True))
+    return tuple(map(sum, sides)), region(slice(b, b + length) for b, length, _ in sides)
 
 
 def fold(columns: Array, window: Window) -> Array:

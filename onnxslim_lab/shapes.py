@@ -13,6 +13,7 @@ from onnx import (
     TensorProto,
     TypeProto,
     defs,
+    numpy_helper,
     shape_inference,
 )
 
@@ -22,6 +23,7 @@ FunctionKey = tuple[str, str, str]
 INTEGERS = (TensorProto.INT32, TensorProto.INT64)
 _OPAQUE = "onnxslim_lab.opaque"
 _MAKERS = ("Range", "ConstantOfShape", "Expand", "Tile")  # what makes long vectors from short ones
+_WINDOWS = ("HannWindow", "HammingWindow", "BlackmanWindow")  # whose function bodies make a Range
 _LONG = 1 << 16  # elements
 MOST_ELEMENTS = 64
 MOST_CALLS = 50_000  # nodes of local functions, counted at every call; onnx expands each call
@@ -70,7 +72,15 @@ def _seal_long(model: ModelProto, plain: ModelProto) -> bool:
     inputs = [value for graph in _all_graphs(plain.graph) for value in (*graph.input, *graph.output)]
     sealed = False
     for graph in _all_graphs(model.graph):
+        short = {
+            tensor.name
+            for tensor in graph.initializer
+            if tensor.data_type in INTEGERS and not tensor.dims and numpy_helper.to_array(tensor) <= _LONG
+        }
         for node in graph.node:
+            if node.op_type in _WINDOWS and _domain(node.domain) == "" and node.input[0] not in short:
+                node.domain = _OPAQUE
+                sealed = True
             if node.op_type in _MAKERS and _domain(node.domain) == "":
                 found = known.get(node.output[0])
                 if found is not None and _long(found.type, unknown=True):
@@ -82,7 +92,7 @@ def _seal_long(model: ModelProto, plain: ModelProto) -> bool:
                     del known[node.output[0]]
     for function in model.functions:
         for node in _all_nodes(function):
-            if node.op_type in _MAKERS and _domain(node.domain) == "":
+            if node.op_type in (*_MAKERS, *_WINDOWS) and _domain(node.domain) == "":
                 node.domain = _OPAQUE
                 sealed = True
     if sealed:

@@ -37,6 +37,27 @@ def external(location):
     return model([node("Add", ["x", "w"], ["y"])], tensors=[tensor])
 
 
+def scalar(name, value, dtype=TensorProto.INT64):
+    return helper.make_tensor(name, dtype, [], [value])
+
+
+def reals(name, shape, entries):
+    return helper.make_tensor(name, TensorProto.FLOAT, shape, entries)
+
+
+def folded(*nodes, tensors, opset=17):
+    """Return a model whose nodes, the last one making c, depend on constants only: y = x + sum(c)."""
+    tail = [
+        node("Cast", ["c"], ["f"], to=1),
+        node("ReduceSum", ["f"], ["s"], keepdims=0),
+        node("Add", ["x", "s"], ["y"]),
+    ]
+    return model([*nodes, *tail], tensors=tensors, opset=opset)
+
+
+PIXEL = reals("p", [1, 1, 1, 1], [1])
+KERNEL = reals("w", [1, 1, 2, 2], [1] * 4)
+VECTOR = reals("v", [4096], [1] * 4096)
 GOOD = model([node("Relu", ["x"], ["y"])]).SerializeToString()
 BAD = {
     "empty": b"",
@@ -113,6 +134,72 @@ GREEDY = {
         ),
         opset_imports=[helper.make_opsetid("", 17)],
         ir_version=8,
+    ),
+    "resize by scales": folded(
+        node("Resize", ["p", "", "k"], ["c"], mode="nearest"),
+        tensors=[PIXEL, reals("k", [4], [1, 1, 1e6, 1e6])],
+    ),
+    "resize by infinity": folded(
+        node("Resize", ["p", "", "k"], ["c"], mode="linear"),
+        tensors=[PIXEL, reals("k", [4], [1, 1, float("inf"), float("nan")])],
+    ),
+    "upsample": folded(
+        node("Upsample", ["p", "k"], ["c"], mode="linear"),
+        tensors=[PIXEL, reals("k", [4], [1, 1, 1e6, 1e6])],
+        opset=9,
+    ),
+    "strides": folded(
+        node("ConvTranspose", ["q", "w"], ["c"], strides=[10**6, 10**6]),
+        tensors=[reals("q", [1, 1, 2, 2], [1] * 4), KERNEL],
+    ),
+    "negative pads": folded(
+        node("ConvTranspose", ["p", "w"], ["c"], pads=[-(10**6)] * 4), tensors=[PIXEL, KERNEL]
+    ),
+    "output shape": folded(
+        node("ConvTranspose", ["p", "w"], ["c"], output_shape=[10**6, 10**6]), tensors=[PIXEL, KERNEL]
+    ),
+    "convolution pads": folded(node("Conv", ["p", "w"], ["c"], pads=[10**6] * 4), tensors=[PIXEL, KERNEL]),
+    "pool pads": folded(
+        node("MaxPool", ["p"], ["c"], kernel_shape=[10**6, 10**6], pads=[10**6 - 1] * 4), tensors=[PIXEL]
+    ),
+    "one hot": folded(
+        node("OneHot", ["i", "d", "o"], ["c"]),
+        tensors=[ints("i", [0]), scalar("d", 10**12), reals("o", [2], [0, 1])],
+    ),
+    "eye": folded(
+        node("Expand", ["v", "n"], ["e"]),
+        node("EyeLike", ["e"], ["c"]),
+        tensors=[reals("v", [1, 1], [1]), ints("n", [10**6, 10**6])],
+    ),
+    "depth to space": folded(
+        node("ConstantOfShape", ["n"], ["a"]),
+        *(node("DepthToSpace", [f"a{i}" if i else "a"], [f"a{i + 1}"], blocksize=2) for i in range(8)),
+        *(node("SpaceToDepth", [f"a{8 + i}"], [f"a{9 + i}"], blocksize=2) for i in range(8)),
+        node("Identity", ["a16"], ["c"]),
+        tensors=[ints("n", [1, 4**16, 1, 1])],
+    ),
+    "outer products": folded(node("Einsum", ["v", "v", "v"], ["c"], equation="i,j,k->ijk"), tensors=[VECTOR]),
+    "range of floats": folded(
+        node("Range", ["a", "b", "d"], ["c"]),
+        tensors=[scalar("a", 0.0, 1), scalar("b", 3e38, 1), scalar("d", 1e-38, 1)],
+    ),
+    "range of NaN": folded(
+        node("Range", ["a", "b", "d"], ["c"]),
+        tensors=[scalar("a", 0.0, 1), scalar("b", float("nan"), 1), scalar("d", 1.0, 1)],
+    ),
+    "window": folded(node("HannWindow", ["n"], ["c"]), tensors=[scalar("n", 10**12)]),
+    "mel weights": folded(
+        node("MelWeightMatrix", ["n", "d", "r", "a", "b"], ["c"]),
+        tensors=[
+            *(scalar("n", 10**6), scalar("d", 10**12), scalar("r", 8000)),
+            *(scalar("a", 0.0, 1), scalar("b", 4000.0, 1)),
+        ],
+    ),
+    "sequence": folded(
+        node("ConstantOfShape", ["n"], ["a"]),
+        node("SequenceConstruct", ["a"] * 64, ["q"]),
+        node("ConcatFromSequence", ["q"], ["c"], axis=0),
+        tensors=[ints("n", [10**7])],
     ),
     "wrong opset": model([node("Relu", ["x"], ["y"])], opset=9999),
     "zero-size tensor": model(

@@ -17,6 +17,7 @@ from onnxslim_lab.kernels.dtypes import NUMBERS
 
 FLOATS = [np.float32, np.float64, np.float16]
 INTEGERS = [np.int8, np.uint8, np.int32, np.int64, np.uint32, np.uint64]
+EMPTY_STACK = "cannot broadcast on dim"  # onnxruntime refuses 1 against 0 matrices, NumPy and Add do not
 flags = st.sampled_from([0, 1])
 
 
@@ -129,9 +130,11 @@ def test_where(three, seed, dtype, spoiled):
 def reductions(draw):
     """Draw a shape and some of its axes, or None for all."""
     shape = draw(shapes())
-    if not shape or draw(flags):
-        return shape, None
-    axes = draw(st.lists(st.integers(0, len(shape) - 1), unique=True, max_size=len(shape)))
+    axes = draw(st.lists(st.integers(0, max(len(shape) - 1, 0)), unique=True, max_size=len(shape)))
+    if not all(shape[axis] for axis in axes or range(len(shape))):
+        axes = axes[:1]  # onnxruntime reduces only the empty axes where one is
+    if not axes or (all(shape) and draw(flags)):
+        return tuple(max(n, 1) for n in shape), None
     return shape, [axis - len(shape) * draw(flags) for axis in axes]
 
 
@@ -140,7 +143,16 @@ def reductions(draw):
 @given(reductions(), SEEDS, st.sampled_from([*FLOATS[:2], np.int32, np.int64]), flags, flags, flags)
 def test_reductions(op_type, reduction, seed, dtype, keepdims, noop, spoiled):
     shape, axes = reduction
+    if op_type in {"ReduceMax", "ReduceMin"}:
+        shape = tuple(max(n, 1) for n in shape)  # of nothing: onnxruntime's shapes depend on the axis
     x = values(np.random.default_rng(seed), shape, dtype, spoiled=spoiled)
+    if op_type in {"ReduceMax", "ReduceMin"}:
+        x = np.nan_to_num(x, nan=0.0, posinf=np.inf, neginf=-np.inf)  # onnxruntime: NaN counts by its place
+    if not x.size:
+        keepdims, noop = (
+            1,
+            0,
+        )  # without the first onnxruntime keeps some axes; with it onnxruntime returns an empty tensor as it is
     given_axes = None if axes is None else np.array(axes, np.int64)
     agree(op_type, [x, given_axes], {"keepdims": keepdims, "noop_with_empty_axes": noop}, opset=18)
 
@@ -149,6 +161,7 @@ def test_reductions(op_type, reduction, seed, dtype, keepdims, noop, spoiled):
 @common
 @given(shapes(1), SEEDS, st.sampled_from([*FLOATS[:2], np.int32, np.int8]), st.data(), flags, flags)
 def test_positions(op_type, shape, seed, dtype, data, keepdims, last):
+    shape = tuple(max(n, 1) for n in shape)  # onnxruntime reduces no axis of an empty tensor
     x = np.round(values(np.random.default_rng(seed), shape, dtype))  # with ties
     axis = data.draw(st.integers(-len(shape), len(shape) - 1))
     agree(op_type, [x], {"axis": axis, "keepdims": keepdims, "select_last_index": last})
@@ -170,17 +183,22 @@ def products(draw):
 @given(products(), SEEDS, st.sampled_from([*FLOATS[:2], np.int32, np.uint32, np.int64]), flags)
 def test_matmul(pair, seed, dtype, spoiled):
     rng = np.random.default_rng(seed)
-    agree("MatMul", [values(rng, shape, dtype, spoiled=spoiled) for shape in pair], atol=1e-4)
+    agree(
+        "MatMul",
+        [values(rng, shape, dtype, spoiled=spoiled) for shape in pair],
+        atol=1e-4,
+        refused=[EMPTY_STACK],
+    )
 
 
 BIASES = [None, "scalar", "row", "column", "one", "vector"]
 
 
-@common
+@common  # sums of at least one product: onnxruntime forgets beta where there is none
 @given(SEEDS, st.sampled_from(FLOATS[:2]), flags, flags, st.sampled_from(BIASES), st.data())
 def test_gemm(seed, dtype, left, right, bias, data):
     rng = np.random.default_rng(seed)
-    rows, inner, columns = (data.draw(st.integers(0, 5)) for _ in range(3))
+    rows, inner, columns = (data.draw(st.integers(low, 5)) for low in (0, 1, 0))
     a = values(rng, (inner, rows) if left else (rows, inner), dtype)
     b = values(rng, (columns, inner) if right else (inner, columns), dtype)
     shape = {"scalar": (), "row": (1, columns), "column": (rows, 1), "one": (1,), "vector": (columns,)}

@@ -58,37 +58,63 @@ class Machine:
     calls: list[FunctionKey] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Outer:
+    """A constant of the plan around a body.
+
+    Attributes:
+        plan: That plan.
+        slot: Its slot there.
+    """
+
+    plan: Plan
+    slot: int
+
+
 class Plan:
     """One graph prepared for running.
 
     A value's slot is its place in a list; slot 0 is the absent input. What a body captures comes as further
     arguments, so that nothing is ever looked up by name while it runs. Nodes that need constants only make
-    constants: they are computed when first used, and kept like weights.
+    constants: they are computed when first used, and kept like weights. What a body captures of the constants
+    around it is constant in it too.
 
     Args:
         graph: The graph; it must not change afterwards.
         machine: Shared by all plans of an interpreter.
         bound: Attributes of the call, for a function and the bodies in it.
         captured: What the node around passes to the bodies of this one, in order.
+        around: The plan of that node.
 
     Raises:
         UnsupportedError: An operator has neither a kernel nor a function body.
     """
 
     def __init__(
-        self, graph: Graph, machine: Machine, bound: Bound | None = None, captured: Sequence[str] = ()
+        self,
+        graph: Graph,
+        machine: Machine,
+        bound: Bound | None = None,
+        captured: Sequence[str] = (),
+        around: Plan | None = None,
     ) -> None:
         self.graph = graph
         self.machine = machine
         self.bound: Bound = bound or {}
         self.slots: dict[str, int] = {"": ABSENT}
         self.template: list[Value] = [None, None]
-        self.constants: dict[int, str | Step] = {}  # slot -> the tensor's name, or what computes it
+        self.constants: dict[int, str | Step | Outer] = {}  # slot -> the tensor's name, or what gives it
         self._initializers = {*graph.initializers, *graph.sparse_initializers}
         self.inputs = tuple(self._slot(name) for name in graph.inputs)
-        self._takes = tuple(
-            (self._slot(name), position) for position, name in enumerate(captured) if not graph.defines(name)
-        )
+        takes = []
+        for position, name in enumerate(captured):
+            if graph.defines(name):
+                continue
+            if around is not None and around.is_fixed(around.slots[name]):
+                self.constants[self._slot(name)] = Outer(around, around.slots[name])
+            else:
+                takes.append((self._slot(name), position))
+        self._takes = tuple(takes)
         self.steps: list[Step] = []
         for node in graph.nodes:
             if not is_op(node, "Constant"):
@@ -125,6 +151,12 @@ class Plan:
     def load(self, slot: int) -> Array:
         """Return a constant, kept for the next time while there is room."""
         source = self.constants[slot]
+        if isinstance(source, Outer):
+            held = source.plan.template[source.slot]
+            outer = source.plan.load(source.slot) if held is None else held
+            self.template[slot] = source.plan.template[source.slot]
+            assert isinstance(outer, np.ndarray)
+            return outer
         array = self._computed(source, slot) if isinstance(source, Step) else self._read(source)
         if not array.flags.aligned:
             array = array.copy()
@@ -152,8 +184,12 @@ class Plan:
     def _add(self, step: Step) -> None:
         """Take a step in, or only its outputs where these are constants."""
         self.steps.append(step)
-        if step.constant and all(slot == ABSENT or slot in self.constants for slot in step.inputs):
+        if step.constant and all(slot == ABSENT or self.is_fixed(slot) for slot in step.inputs):
             self.constants.update({slot: step for slot in step.outputs if slot != UNUSED})
+
+    def is_fixed(self, slot: int) -> bool:
+        """Whether a slot holds a constant that no feed can replace."""
+        return slot in self.constants and slot not in self.inputs
 
     def _read(self, name: str) -> Array:
         graph = self.graph
@@ -196,13 +232,15 @@ class Plan:
             captured = sorted(
                 {name for group in bodies.values() for body in group for name in body.captured()}
             )
+            outside = [self._slot(name) for name in captured]
             plans = {
-                name: Plan(group[0], self.machine, self.bound, captured) for name, group in bodies.items()
+                name: Plan(group[0], self.machine, self.bound, captured, self)
+                for name, group in bodies.items()
             }
             given = keywords(node, self.bound, graph.store)
             make = runtime_control.CONTROL[domain, node.op_type]
             function = make(plans, given, len(inputs), graph.opset())
-            inputs += [self._slot(name) for name in captured]
+            inputs += outside
         elif kernel is not None:
             function = unwrapped(kernel)
             attributes = keywords(node, self.bound, graph.store)

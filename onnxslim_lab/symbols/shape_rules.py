@@ -290,7 +290,11 @@ def resize(step: Step) -> list[Shape | None] | None:
         plain = step.attribute("keep_aspect_ratio_policy", "stretch") == "stretch"
         return [tuple(wanted)] if plain else None
     scales = step.facts.graph.constant(step.node.input[2]) if step.has(2) else None
-    if scales is None or scales.size != len(shape) or any(scale % 1 for scale in scales):
+    if (
+        scales is None
+        or scales.size != len(shape)
+        or any(not scale.is_integer() for scale in scales.tolist())
+    ):
         return None
     return [tuple(multiply(size, int(scale)) for size, scale in zip(shape, scales, strict=True))]
 
