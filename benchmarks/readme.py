@@ -2,7 +2,8 @@
 
     python benchmarks/simplify.py --peers PYTHON --json simplify.json
     python benchmarks/storage.py --models lenet300,lenet5 --sparsity 0.6 --json storage.json
-    python benchmarks/readme.py [--simplify simplify.json] [--storage storage.json ...]
+    python benchmarks/runtime.py --json runtime.json
+    python benchmarks/readme.py [--simplify simplify.json] [--storage storage.json ...] [--runtime runtime.json]
 
 Each table stands between two comments, `<!-- table: NAME -->` and `<!-- end -->`; tables whose figures are
 not given stay as they are.
@@ -99,6 +100,28 @@ def storage_table(documents: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def runtime_table(document: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """Return milliseconds of the three engines on the shown models, and geometric means over all."""
+    lines = ["| model | onnxruntime | onnxslim_lab | ReferenceEvaluator |", "|---|---|---|---|"]
+    engines = ("onnxruntime", OURS, "ReferenceEvaluator")
+    for name in SHOWN:
+        cells = [_milliseconds(document[name].get(engine)) for engine in engines]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    means = []
+    for upper, lower in ((OURS, "onnxruntime"), ("ReferenceEvaluator", OURS)):
+        pairs = [(results[upper], results[lower]) for results in document.values()]
+        means.append(geometric_mean([a["seconds"] / b["seconds"] for a, b in pairs if not a["error"]]))
+    return (
+        "\n".join(lines)
+        + f"\n\nMilliseconds, one thread each. Over {len(document)} models the geometric mean is "
+        f"{means[0]:.2f} times onnxruntime's time; ReferenceEvaluator takes {means[1]:.1f} times ours."
+    )
+
+
+def _milliseconds(result: dict[str, Any] | None) -> str:
+    return "" if result is None else "fails" if result["error"] else f"{1e3 * result['seconds']:,.1f}"
+
+
 def replace(text: str, name: str, table: str) -> str:
     """Return the README with one table replaced."""
     pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
@@ -112,6 +135,7 @@ def main() -> None:
     )
     parser.add_argument("--simplify", type=Path, metavar="FILE")
     parser.add_argument("--storage", type=Path, metavar="FILE", nargs="*", default=[])
+    parser.add_argument("--runtime", type=Path, metavar="FILE")
     options = parser.parse_args()
     text = replace(README.read_text(encoding="utf-8"), "passes", describe.markdown(list(PASSES)))
     if options.simplify:
@@ -120,6 +144,10 @@ def main() -> None:
     if options.storage:
         documents = [json.loads(path.read_text(encoding="utf-8")) for path in options.storage]
         text = replace(text, "storage", storage_table(documents))
+    if options.runtime:
+        text = replace(
+            text, "runtime", runtime_table(json.loads(options.runtime.read_text(encoding="utf-8")))
+        )
     README.write_text(text, encoding="utf-8")
 
 
