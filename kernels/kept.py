@@ -7,10 +7,15 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
-_CALLS = 16
+_CALLS = 256
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+def lasting(*arrays: Any) -> bool:
+    """Whether arrays are read-only, as a model's constants are and feeds are not."""
+    return not any(array.flags.writeable for array in arrays)
 
 
 def kept(make: Callable[P, R]) -> Callable[P, R]:
@@ -18,7 +23,7 @@ def kept(make: Callable[P, R]) -> Callable[P, R]:
 
     A node is run with the same attribute objects each time, so that what is made from them, an index of a
     forest of trees say, need not be made anew. Arguments must not be changed afterwards; they are held as
-    long as the result is.
+    long as the result is. Arrays that are not read-only, as constants are, may be changed: `lasting`.
 
     >>> pairs = kept(lambda values: list(zip(values, values)))
     >>> numbers = [1, 2]

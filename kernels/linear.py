@@ -8,21 +8,54 @@ from onnxslim_lab.kernels.activation import wide
 from onnxslim_lab.kernels.arithmetic import aligned
 from onnxslim_lab.kernels.registry import Array, kernel
 
+FEW_ROWS = 16
+"""Rows up to which BLAS spends most of a product on laying out the right matrix."""
+BLOCK = (128, 384)
+"""Rows and columns of blocks of the right matrix that it multiplies as they lie."""
+
+
+def product(left: Array, right: Array) -> Array:
+    """Return the matrix product, batched as numpy.matmul; of few rows and a large matrix, block by block.
+
+    >>> x, w = np.ones((2, 3, 300), np.float32), np.ones((300, 500), np.float32)
+    >>> np.array_equal(product(x, w), np.matmul(x, w))
+    True
+    """
+    depth, columns = right.shape[-2:] if right.ndim == 2 else (0, 0)
+    rows = left.size // depth if depth else 0
+    if depth * columns < 2 * BLOCK[0] * BLOCK[1] or not 2 < rows <= FEW_ROWS or left.shape[-1:] != (depth,):
+        return np.asarray(np.matmul(left, right))
+    if left.dtype != np.float32 or right.dtype != np.float32 or not right.flags.c_contiguous:
+        return np.asarray(np.matmul(left, right))
+    matrix = left.reshape(rows, depth)
+    result = np.empty((rows, columns), left.dtype)
+    part = np.empty((rows, min(columns, BLOCK[1])), left.dtype)
+    for column in range(0, columns, BLOCK[1]):
+        block = (slice(None), slice(column, column + BLOCK[1]))
+        total = result[block]
+        np.matmul(matrix[:, : BLOCK[0]], right[: BLOCK[0]][block], out=total)
+        term = part[:, : total.shape[1]]
+        for row in range(BLOCK[0], depth, BLOCK[0]):
+            lines = slice(row, row + BLOCK[0])
+            np.matmul(matrix[:, lines], right[lines][block], out=term)
+            total += term
+    return result.reshape(*left.shape[:-1], columns)
+
 
 @kernel("MatMul", since=1)
 def MatMul(A: Array, B: Array) -> Array:
     """Return the matrix product, batched as numpy.matmul."""
-    return np.asarray(np.matmul(wide(A), wide(B))).astype(A.dtype, copy=False)
+    return product(wide(A), wide(B)).astype(A.dtype, copy=False)
 
 
 def gemm(A: Array, B: Array, C: Array | None, alpha: float, beta: float, transA: int, transB: int) -> Array:
     """Return alpha * A' B' + beta * C."""
-    product = np.matmul(wide(A.T if transA else A), wide(B.T if transB else B))
+    total = product(wide(A.T if transA else A), wide(B.T if transB else B))
     if alpha != 1:
-        product = product * np.asarray(alpha).astype(product.dtype)
+        total = np.asarray(total * np.asarray(alpha).astype(total.dtype))
     if C is not None and beta != 0:
-        product = product + (wide(C) if beta == 1 else wide(C) * np.asarray(beta).astype(product.dtype))
-    return np.asarray(product).astype(A.dtype, copy=False)
+        total = total + (wide(C) if beta == 1 else wide(C) * np.asarray(beta).astype(total.dtype))
+    return np.asarray(total).astype(A.dtype, copy=False)
 
 
 @kernel("Gemm", since=1)
@@ -38,9 +71,9 @@ def Gemm_1(
     transB: int = 0,
 ) -> Array:
     """Return alpha * A' B' + beta * C, C broadcast only when `broadcast` is 1."""
-    product = gemm(A, B, None, alpha, beta, transA, transB)
-    scaled = aligned(product, C, None, broadcast) * np.asarray(beta, product.dtype)
-    return np.asarray(product + scaled)
+    total = gemm(A, B, None, alpha, beta, transA, transB)
+    scaled = aligned(total, C, None, broadcast) * np.asarray(beta, total.dtype)
+    return np.asarray(total + scaled)
 
 
 @kernel("Gemm", since=7)

@@ -19,7 +19,9 @@ def spatial_axes(op_type: str, X: Array) -> tuple[int, ...]:
 def GlobalAveragePool(X: Array) -> Array:
     """Return the mean over all spatial axes, which keep the length 1."""
     axes = spatial_axes("GlobalAveragePool", X)
-    return np.asarray(np.mean(wide(X), axis=axes, keepdims=True)).astype(X.dtype, copy=False)
+    flat = wide(X).reshape(*X.shape[:2], -1) if X.size else wide(X).sum(axes)[..., None]
+    mean = np.matmul(flat, np.ones(flat.shape[2], flat.dtype)) / flat.dtype.type(volume(X.shape[2:]))
+    return np.asarray(mean).astype(X.dtype, copy=False).reshape(*X.shape[:2], *[1] * len(axes))
 
 
 @kernel("GlobalMaxPool", since=1)

@@ -12,6 +12,8 @@ from onnxslim_lab.kernels.registry import Array
 
 States = tuple[Array, ...]
 Step = Callable[[Array, States], States]
+Product = Callable[[Array], Array]
+"""From rows of inputs or states to their products with a matrix of weights."""
 Floats = Sequence[float]
 
 FEW_ROWS = 4
@@ -59,6 +61,7 @@ def unroll(
     gates: int,
     direction: str,
     layout: int,
+    projections: Sequence[Product] | None = None,
 ) -> tuple[Array, ...]:
     """Run a recurrent layer.
 
@@ -70,6 +73,10 @@ def unroll(
         initial: The first states, each (directions, batch, hidden) or None for zeros.
         make_step: From the direction's number, R (hidden, gates * hidden) and biases (2, gates * hidden): the
             bias of the input projection, and the function from that projection and the states to the next states.
+        gates: How many there are.
+        direction: As the attribute.
+        layout: As the attribute.
+        projections: For every direction what computes the product with W, where it is not the plain one.
 
     Returns:
         The first state at every step (steps, directions, batch, hidden), then the last states.
@@ -105,21 +112,27 @@ def unroll(
         if steps * batch > FEW_ROWS:
             transposed = np.ascontiguousarray(transposed)
         bias, step = make_step(number, transposed, biases)
-        projected = np.matmul(ordered.reshape(steps * batch, inputs), wide(W[number]).T)
+        rows = ordered.reshape(steps * batch, inputs)
+        projected = projections[number](rows) if projections else np.matmul(rows, wide(W[number]).T)
         projected = (projected + bias).reshape(steps, batch, gates * hidden)
         states: States = tuple(
             np.zeros((batch, hidden), x.dtype) if first is None else first[number] for first in firsts
         )
         written = Y[:, number] if order is None else np.zeros((steps, batch, hidden), x.dtype)
         for t in range(steps):
-            following = step(projected[t], states)
             if lengths is None:
-                states = following
+                states = step(projected[t], states)
                 written[t] = states[0]
-            else:
-                runs = (lengths > t)[:, None]
-                states = tuple(np.where(runs, new, old) for new, old in zip(following, states, strict=True))
-                np.copyto(written[t], states[0], where=runs)
+                continue
+            runs = (lengths > t)[:, None]
+            going = states
+            if (
+                projections
+            ):  # which quantize all rows alike: onnxruntime clears a state one step after its end
+                going = tuple(np.where((lengths >= t)[:, None], state, 0) for state in states)
+            following = step(projected[t], going)
+            states = tuple(np.where(runs, new, old) for new, old in zip(following, states, strict=True))
+            np.copyto(written[t], states[0], where=runs)
         if order is not None:
             Y[:, number] = written[order, columns]
         for final, state in zip(finals, states, strict=True):
@@ -138,7 +151,8 @@ def clipped(x: Array, clip: float | None) -> Array:
 
 
 def lstm_step(
-    recurrent: Array,
+    recurrent: Product,
+    hidden: int,
     peepholes: Array | None,
     functions: Sequence[Activation],
     clip: float | None,
@@ -146,11 +160,10 @@ def lstm_step(
 ) -> Step:
     """Return the step of an LSTM with gates in the order input, output, forget, cell."""
     f, g, h = functions
-    hidden = recurrent.shape[0]
 
     def step(projected: Array, states: States) -> States:
         before, cell = states
-        gates = np.matmul(before, recurrent)
+        gates = recurrent(before)
         gates += projected
         if peepholes is not None:
             gates[:, :hidden] += peepholes[:hidden] * cell
@@ -188,8 +201,12 @@ def lstm(
     direction: str,
     input_forget: int,
     layout: int,
+    products: Sequence[tuple[Product, Product]] | None = None,
 ) -> tuple[Array, ...]:
-    """Return Y, Y_h and Y_c; see `LSTM_14`."""
+    """Return Y, Y_h and Y_c; see `LSTM_14`.
+
+    For every direction `products` may give what computes the products with W and with R.
+    """
     count = len(directions("LSTM", direction))
     hidden = weights[1].shape[-1]
     expect("LSTM", "P", P, count, 3 * hidden)
@@ -198,9 +215,11 @@ def lstm(
     def make_step(number: int, recurrent: Array, biases: Array) -> tuple[Array, Step]:
         peepholes = None if P is None else wide(P[number])
         chosen = functions[3 * number : 3 * number + 3]
-        return biases.sum(0), lstm_step(recurrent, peepholes, chosen, clip, input_forget)
+        product = products[number][1] if products else lambda before: np.matmul(before, recurrent)
+        return biases.sum(0), lstm_step(product, hidden, peepholes, chosen, clip, input_forget)
 
-    return unroll("LSTM", X, weights, lengths, initial, make_step, 4, direction, layout)
+    projections = [projection for projection, _ in products] if products else None
+    return unroll("LSTM", X, weights, lengths, initial, make_step, 4, direction, layout, projections)
 
 
 def gru_step(

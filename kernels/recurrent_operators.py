@@ -5,81 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from onnxslim_lab.kernels.recurrent import gru, lstm, rnn
-from onnxslim_lab.kernels.registry import Array, kernel
+from onnxslim_lab.kernels.registry import Array, earlier, kernel
 
 Floats = Sequence[float]
 TANH = ("Tanh", "Tanh")
-
-
-@kernel("LSTM", since=1)
-def LSTM_1(
-    X: Array,
-    W: Array,
-    R: Array,
-    B: Array | None = None,
-    sequence_lens: Array | None = None,
-    initial_h: Array | None = None,
-    initial_c: Array | None = None,
-    P: Array | None = None,
-    *,
-    activation_alpha: Floats | None = None,
-    activation_beta: Floats | None = None,
-    activations: Sequence[str] | None = None,
-    clip: float | None = None,
-    direction: str = "forward",
-    hidden_size: int | None = None,
-    input_forget: int = 0,
-    output_sequence: int = 0,
-) -> tuple[Array, ...]:
-    """Return Y, Y_h and Y_c as `LSTM_14` with layout 0; Y is there whether asked for or not."""
-    return lstm(
-        X,
-        (W, R, B),
-        sequence_lens,
-        (initial_h, initial_c),
-        P,
-        activations,
-        (activation_alpha, activation_beta),
-        clip,
-        direction,
-        input_forget,
-        0,
-    )
-
-
-@kernel("LSTM", since=7)
-def LSTM_7(
-    X: Array,
-    W: Array,
-    R: Array,
-    B: Array | None = None,
-    sequence_lens: Array | None = None,
-    initial_h: Array | None = None,
-    initial_c: Array | None = None,
-    P: Array | None = None,
-    *,
-    activation_alpha: Floats | None = None,
-    activation_beta: Floats | None = None,
-    activations: Sequence[str] | None = None,
-    clip: float | None = None,
-    direction: str = "forward",
-    hidden_size: int | None = None,
-    input_forget: int = 0,
-) -> tuple[Array, ...]:
-    """Return Y, Y_h and Y_c as `LSTM_14` with layout 0."""
-    return lstm(
-        X,
-        (W, R, B),
-        sequence_lens,
-        (initial_h, initial_c),
-        P,
-        activations,
-        (activation_alpha, activation_beta),
-        clip,
-        direction,
-        input_forget,
-        0,
-    )
 
 
 @kernel("LSTM", since=14)
@@ -126,101 +55,8 @@ def LSTM_14(
     )
 
 
-@kernel("GRU", since=1)
-def GRU_1(
-    X: Array,
-    W: Array,
-    R: Array,
-    B: Array | None = None,
-    sequence_lens: Array | None = None,
-    initial_h: Array | None = None,
-    *,
-    activation_alpha: Floats | None = None,
-    activation_beta: Floats | None = None,
-    activations: Sequence[str] | None = None,
-    clip: float | None = None,
-    direction: str = "foward",
-    hidden_size: int | None = None,
-    output_sequence: int = 0,
-) -> tuple[Array, ...]:
-    """Return Y and Y_h as `GRU_14` with layout 0; the default direction is misspelt in the specification."""
-    return gru(
-        X,
-        (W, R, B),
-        sequence_lens,
-        initial_h,
-        activations,
-        (activation_alpha, activation_beta),
-        clip,
-        "forward" if direction == "foward" else direction,
-        0,
-        0,
-    )
-
-
-@kernel("GRU", since=3)
-def GRU_3(
-    X: Array,
-    W: Array,
-    R: Array,
-    B: Array | None = None,
-    sequence_lens: Array | None = None,
-    initial_h: Array | None = None,
-    *,
-    activation_alpha: Floats | None = None,
-    activation_beta: Floats | None = None,
-    activations: Sequence[str] | None = None,
-    clip: float | None = None,
-    direction: str = "forward",
-    hidden_size: int | None = None,
-    linear_before_reset: int = 0,
-    output_sequence: int = 0,
-) -> tuple[Array, ...]:
-    """Return Y and Y_h as `GRU_14` with layout 0; Y is there whether asked for or not."""
-    return gru(
-        X,
-        (W, R, B),
-        sequence_lens,
-        initial_h,
-        activations,
-        (activation_alpha, activation_beta),
-        clip,
-        direction,
-        0,
-        linear_before_reset,
-    )
-
-
-@kernel("GRU", since=7)
-def GRU_7(
-    X: Array,
-    W: Array,
-    R: Array,
-    B: Array | None = None,
-    sequence_lens: Array | None = None,
-    initial_h: Array | None = None,
-    *,
-    activation_alpha: Floats | None = None,
-    activation_beta: Floats | None = None,
-    activations: Sequence[str] | None = None,
-    clip: float | None = None,
-    direction: str = "forward",
-    hidden_size: int | None = None,
-    linear_before_reset: int = 0,
-) -> tuple[Array, ...]:
-    """Return Y and Y_h as `GRU_14` with layout 0."""
-    return gru(
-        X,
-        (W, R, B),
-        sequence_lens,
-        initial_h,
-        activations,
-        (activation_alpha, activation_beta),
-        clip,
-        direction,
-        0,
-        linear_before_reset,
-    )
+earlier(LSTM_14, "LSTM", 7, lacks=["layout"])
+earlier(LSTM_14, "LSTM", 1, lacks=["layout"], unread={"output_sequence": 0})  # Y is there in any case
 
 
 @kernel("GRU", since=14)
@@ -264,8 +100,12 @@ def GRU_14(
     )
 
 
-@kernel("RNN", since=1)
-def RNN_1(
+earlier(GRU_14, "GRU", 7, lacks=["layout"])
+earlier(GRU_14, "GRU", 3, lacks=["layout"], unread={"output_sequence": 0})
+
+
+@kernel("GRU", since=1)
+def GRU_1(
     X: Array,
     W: Array,
     R: Array,
@@ -275,14 +115,14 @@ def RNN_1(
     *,
     activation_alpha: Floats | None = None,
     activation_beta: Floats | None = None,
-    activations: Sequence[str] = TANH,
+    activations: Sequence[str] | None = None,
     clip: float | None = None,
-    direction: str = "forward",
+    direction: str = "foward",
     hidden_size: int | None = None,
     output_sequence: int = 0,
 ) -> tuple[Array, ...]:
-    """Return Y and Y_h as `RNN_14` with layout 0; Y is there whether asked for or not."""
-    return rnn(
+    """Return Y and Y_h as `GRU_14` with layout 0; the default direction is misspelt in the specification."""
+    return gru(
         X,
         (W, R, B),
         sequence_lens,
@@ -290,37 +130,8 @@ def RNN_1(
         activations,
         (activation_alpha, activation_beta),
         clip,
-        direction,
+        "forward" if direction == "foward" else direction,
         0,
-    )
-
-
-@kernel("RNN", since=7)
-def RNN_7(
-    X: Array,
-    W: Array,
-    R: Array,
-    B: Array | None = None,
-    sequence_lens: Array | None = None,
-    initial_h: Array | None = None,
-    *,
-    activation_alpha: Floats | None = None,
-    activation_beta: Floats | None = None,
-    activations: Sequence[str] = TANH,
-    clip: float | None = None,
-    direction: str = "forward",
-    hidden_size: int | None = None,
-) -> tuple[Array, ...]:
-    """Return Y and Y_h as `RNN_14` with layout 0."""
-    return rnn(
-        X,
-        (W, R, B),
-        sequence_lens,
-        initial_h,
-        activations,
-        (activation_alpha, activation_beta),
-        clip,
-        direction,
         0,
     )
 
@@ -362,3 +173,7 @@ def RNN_14(
         direction,
         layout,
     )
+
+
+earlier(RNN_14, "RNN", 7, lacks=["layout"])
+earlier(RNN_14, "RNN", 1, lacks=["layout"], unread={"output_sequence": 0})

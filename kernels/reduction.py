@@ -27,8 +27,8 @@ def total(x: Array, axes: Axes) -> Array:
 
 
 def mean(x: Array, axes: Axes) -> Array:
-    """Return the mean; of integers, cut towards zero."""
-    count = math.prod(x.shape[axis] for axis in axes)
+    """Return the mean; of integers, cut towards zero; of nothing 0, which the specification leaves open."""
+    count = math.prod(x.shape[axis] for axis in axes) or 1
     if is_integer(x.dtype):
         return np.asarray(np.trunc(np.sum(x, axis=axes, keepdims=True, dtype=np.int64) / count))
     return np.asarray(total(x, axes) / np.asarray(count, x.dtype))
@@ -137,7 +137,18 @@ register("ReduceLogSumExp", log_sum_exp)
 
 
 def position(data: Array, axis: int, keepdims: int, *, last: int, largest: bool) -> Array:
-    """Return the int64 index of the greatest or smallest element along an axis, the first or last such."""
+    """Return the int64 index of the greatest or smallest element along an axis, the first or last such.
+
+    Raises:
+        ValueError: There is none, since the axis is empty.
+    """
+    if not data.shape[axis]:
+        shape = [length for i, length in enumerate(data.shape) if i != axis % data.ndim]
+        if math.prod(shape):
+            raise ValueError(f"axis {axis} of {data.shape} is empty: it has no greatest or smallest element")
+        if keepdims:
+            shape.insert(axis % data.ndim, 1)
+        return np.empty(shape, np.int64)
     search = np.argmax if largest else np.argmin
     if last:
         result = data.shape[axis] - 1 - search(np.flip(data, axis), axis=axis, keepdims=bool(keepdims))

@@ -75,6 +75,44 @@ def kernel(
     return register
 
 
+def earlier(
+    newest: Function,
+    op_type: str,
+    since: int,
+    *,
+    lacks: Sequence[str] = (),
+    required: Sequence[str] = (),
+    unread: Mapping[str, Any] | None = None,
+) -> None:
+    """Register the earlier version of an operator that differs from the newest in its signature alone.
+
+    Args:
+        newest: The kernel of the newest version.
+        op_type: The operator, of ai.onnx.
+        since: The opset version where the earlier one starts.
+        lacks: Attributes that the earlier version does not have.
+        required: Inputs that are not optional in it.
+        unread: Attributes that it has besides, which change nothing, with their defaults.
+    """
+    extra = unread or {}
+
+    def older(*inputs: Any, **attributes: Any) -> Any:
+        return newest(*inputs, **{name: value for name, value in attributes.items() if name not in extra})
+
+    empty, keyword = inspect.Parameter.empty, inspect.Parameter.KEYWORD_ONLY
+    signature = inspect.signature(newest)
+    parameters = [
+        value.replace(default=empty) if name in required else value
+        for name, value in signature.parameters.items()
+        if name not in lacks
+    ]
+    parameters += [inspect.Parameter(name, keyword, default=value) for name, value in extra.items()]
+    older.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    older.__name__ = older.__qualname__ = f"{op_type}_{since}"
+    older.__doc__ = newest.__doc__
+    kernel(op_type, since)(older)
+
+
 def settle(value: Any) -> Any:
     """Return a result as a value: sequences, maps, absent ones and arrays as they are, scalars as arrays."""
     return value if value is None or isinstance(value, np.ndarray | list | dict) else np.asarray(value)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnxslim_lab.kernels.activation import wide
-from onnxslim_lab.kernels.registry import Array, kernel
+from onnxslim_lab.kernels.registry import Array, earlier, kernel
 from onnxslim_lab.kernels.shape import positive_axes
 
 Floats = Sequence[float]
@@ -250,64 +250,6 @@ def Resize_10(X: Array, scales: Array, *, mode: str = "nearest") -> Array:
     return resize(X, axes, planned(X, axes, scales, None), method)
 
 
-@kernel("Resize", since=11)
-def Resize_11(
-    X: Array,
-    roi: Array,
-    scales: Array,
-    sizes: Array | None = None,
-    *,
-    coordinate_transformation_mode: str = "half_pixel",
-    cubic_coeff_a: float = -0.75,
-    exclude_outside: int = 0,
-    extrapolation_value: float = 0.0,
-    mode: str = "nearest",
-    nearest_mode: str = "round_prefer_floor",
-) -> Array:
-    """Return X with every axis scaled by `scales` or, where those are empty, to `sizes`."""
-    return Resize_18(
-        X,
-        roi,
-        scales,
-        sizes,
-        coordinate_transformation_mode=coordinate_transformation_mode,
-        cubic_coeff_a=cubic_coeff_a,
-        exclude_outside=exclude_outside,
-        extrapolation_value=extrapolation_value,
-        mode=mode,
-        nearest_mode=nearest_mode,
-    )
-
-
-@kernel("Resize", since=13)
-def Resize_13(
-    X: Array,
-    roi: Array | None = None,
-    scales: Array | None = None,
-    sizes: Array | None = None,
-    *,
-    coordinate_transformation_mode: str = "half_pixel",
-    cubic_coeff_a: float = -0.75,
-    exclude_outside: int = 0,
-    extrapolation_value: float = 0.0,
-    mode: str = "nearest",
-    nearest_mode: str = "round_prefer_floor",
-) -> Array:
-    """Return X with every axis scaled by `scales` or to `sizes`."""
-    return Resize_18(
-        X,
-        roi,
-        scales,
-        sizes,
-        coordinate_transformation_mode=coordinate_transformation_mode,
-        cubic_coeff_a=cubic_coeff_a,
-        exclude_outside=exclude_outside,
-        extrapolation_value=extrapolation_value,
-        mode=mode,
-        nearest_mode=nearest_mode,
-    )
-
-
 @kernel("Resize", since=18)
 def Resize_18(
     X: Array,
@@ -343,3 +285,8 @@ def Resize_18(
         bool(antialias),
     )
     return resize(X, chosen, plans, method)
+
+
+_LATER = ["antialias", "axes", "keep_aspect_ratio_policy"]
+earlier(Resize_18, "Resize", 13, lacks=_LATER)
+earlier(Resize_18, "Resize", 11, lacks=_LATER, required=["roi", "scales"])

@@ -49,17 +49,22 @@ def Size(data: Array) -> Array:
 def reshaped(data: Array, shape: Sequence[int], *, allowzero: bool) -> Array:
     """Return data in a shape that may hold -1 (inferred) and, unless allowed as lengths, 0 (kept).
 
+    Where nothing tells what -1 is, the axes that are kept count on neither side: an empty batch (0, 3, 4)
+    becomes (0, 12) for [0, -1]. onnxruntime refuses that.
+
     Raises:
         ValueError: The shape does not fit.
     """
     lengths = [int(length) for length in shape]
+    kept = {i for i, length in enumerate(lengths) if length == 0 and not allowzero}
     if not allowzero:
         if any(length == 0 and i >= data.ndim for i, length in enumerate(lengths)):
             raise ValueError(f"Reshape: shape {lengths} keeps a dimension that {data.shape} lacks")
         lengths = [length or data.shape[i] for i, length in enumerate(lengths)]
     if -1 in lengths and data.size == 0:
-        rest = math.prod(length for length in lengths if length != -1)
-        lengths = [(0 if rest else 1) if length == -1 else length for length in lengths]
+        rest = math.prod(length for i, length in enumerate(lengths) if length != -1 and i not in kept)
+        whole = math.prod(length for i, length in enumerate(data.shape) if i not in kept)
+        lengths = [(whole // rest if rest else 1) if length == -1 else length for length in lengths]
     return data.reshape(lengths)
 
 

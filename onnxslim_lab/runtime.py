@@ -8,6 +8,7 @@ weights from the model's file when a node needs them.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,12 +20,12 @@ from onnxslim_lab.errors import ParameterError, quote, suggest
 from onnxslim_lab.graph import Graph
 from onnxslim_lab.inputs.model_inputs import ModelInput, check_feed, model_inputs
 from onnxslim_lab.running.plan import Machine, Plan
-from onnxslim_lab.running.program import UNUSED, Hook, Program, Step, Watch, label
+from onnxslim_lab.running.program import UNUSED, Exchange, Hook, Program, Step, Watch, label
 from onnxslim_lab.running.support import Missing, require
 from onnxslim_lab.running.support import supports as _supports
 from onnxslim_lab.worker.messages import Value
 
-__all__ = ["Hook", "Interpreter", "Missing", "Run", "run", "supports"]
+__all__ = ["Exchange", "Hook", "Interpreter", "Missing", "Run", "run", "supports"]
 
 Source = Graph | ModelProto | str | os.PathLike[str]
 
@@ -60,6 +61,7 @@ class Interpreter:
         if self.graph.root is not self.graph or self.graph.is_function:
             raise ParameterError(f"graph {quote(self.graph.name)} is a body or function; run the whole model")
         require(self.graph)
+        reuse_memory()
         self._machine = Machine(memory)
         self._plan = Plan(self.graph, self._machine)
         self._inputs = {name: _fed(info) for name, info in model_inputs(self.graph).items()}
@@ -78,6 +80,7 @@ class Interpreter:
         *,
         until: str | None = None,
         hook: Hook | None = None,
+        exchange: Exchange | None = None,
     ) -> dict[str, Value]:
         """Run one feed; only the nodes that the outputs need are computed.
 
@@ -88,6 +91,8 @@ class Interpreter:
             until: Name of a node (or of a value it makes) after which the run stops.
             hook: Called after every node, in bodies and functions too, with the node, its inputs, its
                 outputs and its seconds; not for nodes that need constants only, which run once.
+            exchange: Called as the hook is, but before it, with the node and its outputs; where it returns
+                values, these take the place of the outputs for all that follows.
 
         Returns:
             The values by name. They may be views of feeds and weights: copy before changing them in place.
@@ -97,7 +102,8 @@ class Interpreter:
             ParameterError: No value or node has such a name.
             RunError: A node could not be computed; the error names it and describes its inputs.
         """
-        return self._run(feeds, outputs, until, None if hook is None else Watch(hook))
+        watched = hook is not None or exchange is not None
+        return self._run(feeds, outputs, until, Watch(hook, exchange) if watched else None)
 
     def measure(self, feeds: Mapping[str, Value], outputs: Sequence[str] | None = None) -> Run:
         """Run one feed and count the bytes of live values; arguments and errors are those of `run`."""
@@ -190,6 +196,17 @@ class Interpreter:
                 return position
         known = [name for step in self._plan.steps for name in (step.node.name, *step.node.output) if name]
         raise ParameterError(f"the main graph has no node {quote(until)}{suggest(until, known)}")
+
+
+@functools.cache
+def reuse_memory() -> None:
+    """Make the C library keep the memory of freed arrays for the next ones.
+
+    glibc returns arrays above a threshold to the system, and each new one is slow to touch at first. Freeing
+    one array just below 32 MB raises that threshold for good; its pages are never touched. Elsewhere this
+    does nothing.
+    """
+    np.empty((1 << 25) - (1 << 16), np.uint8)
 
 
 def _fed(info: ModelInput) -> ModelInput:

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kernel_checks import SEEDS, agree, broadcast, common, shapes, values
 
+from onnxslim_lab.kernels import lookup, run
 from onnxslim_lab.kernels.dtypes import NUMBERS
 
 FLOATS = [np.float32, np.float64, np.float16]
@@ -245,3 +246,20 @@ EMPTY = {
 @pytest.mark.parametrize("case", EMPTY)
 def test_empty_batches(case):
     agree(case.split()[0], *EMPTY[case])
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0), (0,)])
+@pytest.mark.parametrize("last", [False, True])
+def test_reductions_over_nothing(shape, last):
+    axis = len(shape) - 1 if last else 0  # from a negative one onnxruntime makes another shape
+    for dtype in (np.float32, np.int32, np.int64):
+        x = np.zeros(shape, dtype)
+        for op_type in ("ReduceMax", "ReduceMin", "ReduceMean", "ReduceSum", "ReduceProd"):
+            agree(op_type, [x, np.array([axis])], opset=20)
+    for op_type in ("ArgMax", "ArgMin"):
+        kept = np.delete(shape, axis).prod() == 0
+        if kept or shape[axis]:
+            agree(op_type, [np.zeros(shape, np.float32)], {"axis": axis}, opset=13)
+        else:
+            with pytest.raises(ValueError, match="is empty: it has no"):
+                run(lookup(op_type, "", 13), [np.zeros(shape, np.float32)], {"axis": axis})

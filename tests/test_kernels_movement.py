@@ -13,6 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kernel_checks import SEEDS, agree, broadcast, common, shapes, values
 
+from onnxslim_lab.kernels import lookup, run
+
 DTYPES = st.sampled_from(
     [np.float32, np.float64, np.float16, np.int8, np.uint8, np.int32, np.int64, np.bool_, object]
 )
@@ -220,3 +222,29 @@ def test_shape(shape, seed, dtype, data):
     ends = st.integers(-5, 5)
     attributes = {"start": data.draw(ends), **({"end": data.draw(ends)} if data.draw(flags) else {})}
     agree("Shape", [values(np.random.default_rng(seed), shape, dtype)], attributes)
+
+
+@pytest.mark.parametrize(
+    ("shape", "wanted", "expected"),
+    [
+        ((0, 3, 4), [0, -1], (0, 12)),
+        ((0, 3, 4), [0, 2, -1], (0, 2, 6)),
+        ((0, 3, 4), [-1, 12], (0, 12)),
+        ((2, 0, 4), [0, -1], (2, 0)),
+        ((2, 0, 4), [-1, 4], (0, 4)),
+        ((0, 3), [0, 0, -1], (0, 3, 1)),
+        ((0, 3), [0, 0, 0, -1], None),
+    ],
+)
+def test_reshape_and_slice_of_an_empty_batch(shape, wanted, expected):
+    """onnxruntime refuses to infer -1 beside an axis of length 0 that is kept."""
+    kernel, inputs = lookup("Reshape", "", 13), [np.zeros(shape, np.float32), integers(wanted)]
+    if expected is None:
+        with pytest.raises(ValueError, match="keeps a dimension"):
+            run(kernel, inputs, {})
+        return
+    (result,) = run(kernel, inputs, {})
+    assert result.shape == expected
+    part = [result, *map(integers, ([1], [3], [1]))]
+    (cut,) = run(lookup("Slice", "", 13), part, {})
+    assert cut.shape == result[:, 1:3].shape

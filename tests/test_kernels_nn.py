@@ -49,6 +49,8 @@ def check(op_type, inputs, attributes=None, *, outputs=1, opset=22, rtol=1e-4, a
     if want is None and currently_in_test_context():
         reject()
     assert want is not None, "onnxruntime refuses this"
+    if op_type == "GRU" and currently_in_test_context():  # its Softplus overflows from 89 on
+        assume(all(np.isfinite(wanted).all() for wanted in want))
     have = run(lookup(op_type, "", opset), inputs, attributes, outputs)
     for wanted, got in zip(want, have, strict=False):
         assert got.shape == wanted.shape
@@ -456,3 +458,33 @@ def test_errors_say_what_was_expected(op_type, shapes, attributes, text):
     inputs = [np.ones(shape, np.float32) for shape in shapes]
     with pytest.raises(ValueError, match=text):
         run(lookup(op_type, "", 23), inputs, attributes)
+
+
+def test_batch_normalization_per_element():
+    random = np.random.default_rng(0)
+    x, scale, b, mean = (normal(random, *shape) for shape in ((2, 3, 4), (3, 4), (3, 4), (3, 4)))
+    var = np.abs(normal(random, 3, 4))
+    (y,) = run(lookup("BatchNormalization", "", 7), [x, scale, b, mean, var], {"spatial": 0})
+    np.testing.assert_allclose(y, (x - mean) / np.sqrt(var + 1e-5) * scale + b, rtol=1e-5, atol=1e-5)
+
+
+def test_batch_normalization_follows_parameters_that_change():
+    x, ones = np.ones((1, 2, 2), np.float32), np.ones(2, np.float32)
+    scale = np.ones(2, np.float32)
+    kernel = lookup("BatchNormalization", "", 15)
+    before = run(kernel, [x, scale, ones, ones, ones], {"epsilon": 0.0})[0]
+    scale[:] = 3
+    x[0, 0] = 2
+    after = run(kernel, [x, scale, ones, ones, ones], {"epsilon": 0.0})[0]
+    assert (before.tolist(), after.tolist()) == ([[[1, 1], [1, 1]]], [[[4, 4], [1, 1]]])
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 16, 17])
+@pytest.mark.parametrize(("depth", "columns"), [(300, 500), (128, 1000), (1000, 385)])
+def test_products_of_few_rows(rows, depth, columns):
+    random = np.random.default_rng(rows)
+    left, right = normal(random, 1, rows, depth), normal(random, depth, columns)
+    (y,) = run(lookup("MatMul", "", 13), [left, right], {})
+    want = left.astype(np.float64) @ right.astype(np.float64)
+    assert (y.shape, y.dtype) == ((1, rows, columns), np.float32)
+    np.testing.assert_allclose(y, want, atol=1e-4 * np.abs(want).max())

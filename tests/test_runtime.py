@@ -53,6 +53,24 @@ def test_outputs_intermediate_values_and_stops():
         interpreter.run(FEED, until="frist")
 
 
+def test_values_can_be_exchanged():
+    interpreter = runtime.Interpreter(Graph.parse(CHAIN))
+    first = interpreter.graph.nodes[0]
+    seen = []
+
+    def exchange(node, outputs):
+        return [np.zeros_like(outputs[0])] if node is first else None
+
+    plain = interpreter.run(FEED)
+    zeroed = interpreter.run(FEED, hook=lambda *call: seen.append(call), exchange=exchange)
+    node, _, outputs, _ = seen[0]
+    assert node is first
+    assert not outputs[0].any()
+    again = interpreter.run(FEED, [*plain, *first.output], exchange=exchange)
+    assert all(np.array_equal(again[name], zeroed[name]) for name in plain)
+    assert any(not np.array_equal(plain[name], zeroed[name]) for name in plain)
+
+
 def test_only_needed_nodes_run_and_the_hook_sees_them():
     seen = []
     interpreter = Interpreter(Graph.parse(CHAIN))
@@ -161,6 +179,37 @@ def test_overridable_initializers(runner):
     x = np.ones(2, np.float32)
     assert runtime.run(graph, {"x": x})["y"].tolist() == [6, 7]
     assert runtime.run(graph, {"x": x, "b": x})["y"].tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_what_overridable_initializers_give_is_not_folded(inside):
+    made = "n = Neg(b)  m = Add(n, zero)"
+    if inside:
+        branches = (
+            "then_branch = t () => (float[2] p) { MADE r }, else_branch = e () => (float[2] q) { MADE q }"
+        )
+        branches = branches.replace("MADE r", f"{made} p = Add(x, m)").replace(
+            "MADE q", f"{made} q = Add(x, m)"
+        )
+        made = f"y = If(c) <{branches}>"
+    else:
+        made += " y = Add(x, m)"
+    text = f"""{HEAD} g (float[2] x, float[2] b) => (float[2] y)
+      <float[2] b = {{5, 6}}, float[2] zero = {{0, 0}}, bool c = {{1}}> {{ {made} }}"""
+    interpreter = Interpreter(onnx.parser.parse_model(text))
+    x = np.ones(2, np.float32)
+    for _ in range(2):  # nothing of one run stays for the next
+        assert interpreter.run({"x": x})["y"].tolist() == [-4, -5]
+        assert interpreter.run({"x": x, "b": x})["y"].tolist() == [0, 0]
+
+
+def test_initializers_of_ir_version_3_are_constant():
+    text = """<ir_version: 3, opset_import: ["": 8]> g (float[2] x, float[2] b) => (float[2] y)
+      <float[2] b = {5, 6}> { n = Neg(b)  y = Add(x, n) }"""
+    interpreter = Interpreter(onnx.parser.parse_model(text))
+    seen = []
+    result = interpreter.run({"x": np.ones(2, np.float32)}, hook=lambda node, *_: seen.append(node.op_type))
+    assert (result["y"].tolist(), seen) == ([-4, -5], ["Add"])
 
 
 def test_sparse_initializers_and_constants():

@@ -106,6 +106,11 @@ class Plan:
         self.constants: dict[int, str | Step | Outer] = {}  # slot -> the tensor's name, or what gives it
         self._initializers = {*graph.initializers, *graph.sparse_initializers}
         self.inputs = tuple(self._slot(name) for name in graph.inputs)
+        self._given = {  # IR version 3 lists all initializers as inputs, and no feed replaces them
+            self.slots[name]
+            for name in graph.inputs
+            if graph.root is not graph or not graph.is_constant(name)
+        }
         takes = []
         for position, name in enumerate(captured):
             if graph.defines(name):
@@ -189,7 +194,7 @@ class Plan:
 
     def is_fixed(self, slot: int) -> bool:
         """Whether a slot holds a constant that no feed can replace."""
-        return slot in self.constants and slot not in self.inputs
+        return slot in self.constants and slot not in self._given
 
     def _read(self, name: str) -> Array:
         graph = self.graph

@@ -22,6 +22,9 @@ UNUSED = 1  # slot that takes outputs nobody asked for
 Hook = Callable[[NodeProto, Sequence[Value], Sequence[Value], float], None]
 """Called after a node with its inputs, outputs (None for absent ones) and seconds."""
 
+Exchange = Callable[[NodeProto, Sequence[Value]], Sequence[Value] | None]
+"""Called after a node with its outputs; what it returns takes their place."""
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -190,10 +193,15 @@ class Watch:
     """Follows a run: calls a hook after every node and counts the bytes of live values.
 
     Bytes are those of the buffers that nodes made; views, constants and feeds take none of their own.
+
+    Args:
+        hook: Called after every node.
+        exchange: Called after every node, before the hook.
     """
 
-    def __init__(self, hook: Hook | None = None) -> None:
+    def __init__(self, hook: Hook | None = None, exchange: Exchange | None = None) -> None:
         self.hook = hook
+        self.exchange = exchange
         self.live = 0
         self.peak = 0
         self._buffers: dict[int, list[Any]] = {}  # id -> uses, bytes, the buffer itself
@@ -242,6 +250,10 @@ class Watch:
             except Exception as error:
                 raise step.failure(error, arguments) from error
             seconds = time.perf_counter() - start
+            if self.exchange is not None:
+                other = self.exchange(step.node, [values[slot] for slot in outputs])
+                if other is not None:
+                    store(values, outputs, tuple(other))
             for slot in outputs:
                 self.made(values[slot])
             if self.hook is not None:
