@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from onnxslim_lab.graph import Graph
+
+if TYPE_CHECKING:  # statistics report their progress with the type below
+    from onnxslim_lab.statistics import Calibration
 
 
 @dataclass(frozen=True)
@@ -81,12 +84,16 @@ class Context:
         seed: Seed of everything random.
         allow_opset_raise: Whether the user permits a pass to raise the model's opset.
         memory: Working memory in bytes that a pass may use beyond one layer.
+        calibration: The data to measure activations on; None when no step of the run needs any.
+        original: The model as it was before the first lossy step; None when a pass is run by itself.
     """
 
     progress: Progress = silent
     seed: int = 0
     allow_opset_raise: bool = False
     memory: int = 256 << 20
+    calibration: Calibration | None = None
+    original: Graph | None = None
 
 
 class Pass(BaseModel):
@@ -106,6 +113,11 @@ class Pass(BaseModel):
     def pass_name(cls) -> str:
         """Return the kebab-case name: FuseBatchnorm -> fuse-batchnorm."""
         return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", cls.__name__).lower()
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether it measures activations: the engine then gives it a `Context.calibration`."""
+        return False
 
     def apply(self, graph: Graph, context: Context) -> Outcome:
         """Edit the graph in place and say what was done."""

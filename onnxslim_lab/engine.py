@@ -33,6 +33,7 @@ from onnxslim_lab.report import (
     data_report,
 )
 from onnxslim_lab.sessions import Runner, SessionTooLarge
+from onnxslim_lab.statistics import Calibration, default_folder
 from onnxslim_lab.verify import Verifier
 
 DEFAULT_STEPS = ("simplify", "encode")
@@ -67,13 +68,17 @@ class _Run:
     graph: Graph
     recipe: Recipe
     progress: Progress
+    original: Graph | None = None
     verifier: Verifier | None = None
+    calibration: Calibration | None = None
     notices: list[str] = field(default_factory=list)
     steps: list[StepReport] = field(default_factory=list)
 
     def step(self, step: Pass, index: int) -> None:
         """Run one step, verify it, append its report; raises VerificationError when it broke its promise."""
         total = len(self.recipe.steps)
+        if not step.exact and self.original is None:
+            self.original = self.graph.copy()
         self.progress(index, total, step.pass_name())
         context = Context(
             progress=lambda done, of, what: self.progress(
@@ -82,6 +87,8 @@ class _Run:
             seed=self.recipe.seed,
             allow_opset_raise=self.recipe.allow_opset_raise,
             memory=self.recipe.memory // 4,
+            calibration=self.calibration if step.needs_calibration else None,
+            original=self.original,
         )
         totals = _layer_totals(self.graph)
         bytes_before, nodes_before = self.graph.file_bytes(), node_count(self.graph)
@@ -227,12 +234,17 @@ def _check_target(output: str | os.PathLike[str] | None, source: str) -> None:
 def _prepare(graph: Graph, recipe: Recipe, data: Dataset | None, runner: Runner, progress: Progress) -> _Run:
     """Run the original, so that every step has something to be compared with."""
     run = _Run(graph, recipe, progress)
-    if recipe.verify == "off":
+    calibrating = [step.pass_name() for step in recipe.steps if step.needs_calibration]
+    if recipe.verify == "off" and not calibrating:
         return run
     if data is None:
         progress(0, len(recipe.steps), "looking for inputs that run")
         data = _default_data(runner, graph, recipe.seed, run.notices)
-    if data is not None:
+    if data is not None and calibrating:
+        if data.random:
+            run.notices.append(f"{', '.join(calibrating)}: calibrated on random data; give data that is real")
+        run.calibration = Calibration(runner, data, memory=recipe.memory // 2, progress=progress)
+    if data is not None and recipe.verify != "off":
         progress(0, len(recipe.steps), "running the original")
         run.verifier = Verifier(runner, data, run.notices)
         run.verifier.start(graph)

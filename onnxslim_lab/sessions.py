@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 import tempfile
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
 import numpy as np
+from onnx import NodeProto
 
 from onnxslim_lab.errors import DataError, ParameterError, SessionError, one_line, quote, suggest
 from onnxslim_lab.graph import Graph
@@ -80,7 +82,7 @@ class Runner:
         self._folder: Path | None = None
         self._cleanup: weakref.finalize[..., Any] | None = None
         self._models: OrderedDict[bytes, ModelFile] = OrderedDict()
-        self._sessions: OrderedDict[tuple[Path, str], Session] = OrderedDict()
+        self._sessions: OrderedDict[tuple[Path, str, int], Session] = OrderedDict()
         self._count = 0
         self.version = ""
 
@@ -160,6 +162,63 @@ class Runner:
                     raise DataError(f"feed {number}: {error}") from None
             yield answer["outputs"]
 
+    def measure(
+        self,
+        graph: Graph,
+        feeds: Iterable[tuple[int, dict[str, Value], int]],
+        specification: Mapping[str, Any],
+        *,
+        nodes: Sequence[NodeProto] = (),
+        outputs: Sequence[str] = (),
+        parallel: int = 1,
+    ) -> dict[str, Any]:
+        """Measure values of feeds inside the child, so that they never leave it; see worker.measure.
+
+        Args:
+            graph: A root Graph; it is not changed.
+            feeds: Number, inputs and samples of each.
+            specification: What to measure: arguments of Measurement.
+            nodes: Nodes to add to the model.
+            outputs: Values to make outputs, of those nodes or of the main graph.
+            parallel: Feeds to run at a time, each on one thread; with 1, the runner's threads serve one
+                feed. Only models without random nodes on the CPU run in parallel.
+
+        Raises:
+            As `stream`.
+        """
+        with self._lock:
+            model = self._model(graph)
+            path = model.with_outputs(outputs, nodes)
+            if model.random or self._providers != ["CPUExecutionProvider"]:
+                parallel = 1
+            threads = 1 if parallel > 1 else self._threads
+            if model.random:
+                self._drop(path, "all", threads)
+            session = self._session(model, path, "all", threads)
+            doing = f"measuring model {model.title}"
+            self._request(doing, "measure", key=session.key, parallel=parallel, **specification)
+            for number, feed, samples in feeds:
+                session.check(feed, number)
+                try:
+                    self._request(
+                        f"{doing} near feed {number}",
+                        "measure_feed",
+                        number=number,
+                        feed=feed,
+                        samples=samples,
+                    )
+                except TypeError as error:
+                    raise DataError(f"feed {number}: {error}") from None
+            return self._request(doing, "measured")
+
+    @property
+    def parallel(self) -> int:
+        """Feeds that `measure` may run at a time: as many as the threads this runner may use."""
+        if self._threads:
+            return self._threads
+        affinity = getattr(os, "sched_getaffinity", None)
+        return len(affinity(0)) if affinity else os.cpu_count() or 1
+
     def load_seconds(self, graph: Graph, *, optimization: Optimization = "all") -> float:
         """Return the seconds that creating a session takes, measured now; raises as `run`."""
         with self._lock:
@@ -212,8 +271,8 @@ class Runner:
         """Remove the least recently used models past the number that is kept."""
         while len(self._models) > _CACHED:
             _, old = self._models.popitem(last=False)
-            for path, level in [key for key in self._sessions if key[0].parent == old.path.parent]:
-                self._drop(path, level)
+            for path, level, threads in [key for key in self._sessions if key[0].parent == old.path.parent]:
+                self._drop(path, level, threads)
             shutil.rmtree(old.path.parent, ignore_errors=True)
 
     def _start(self) -> None:
@@ -257,24 +316,27 @@ class Runner:
         text = re.sub(r"Load model from \S+ failed: ?", "", text).replace(str(self._folder), "")
         return one_line(" ".join(text.split()), 600)
 
-    def _session(self, model: ModelFile, path: Path, optimization: str) -> Session:
+    def _session(
+        self, model: ModelFile, path: Path, optimization: str, threads: int | None = None
+    ) -> Session:
         """Return the session of a file at a level, created unless it is kept."""
+        threads = self._threads if threads is None else threads
         if optimization not in _LEVELS:
             raise ParameterError(
                 f"no optimization level {quote(optimization)}{suggest(optimization, _LEVELS)}"
             )
-        session = self._sessions.get((path, optimization))
+        session = self._sessions.get((path, optimization, threads))
         if session is None:
             while self._sessions and not self._room_for(model):
                 self._drop(*next(iter(self._sessions)))
-            key = f"{path}:{optimization}"
+            key = f"{path}:{optimization}:{threads}"
             answer = self._request(
                 f"loading model {model.title}",
                 "load",
                 key=key,
                 path=str(path),
                 level=_LEVELS[optimization],
-                threads=self._threads,
+                threads=threads,
                 providers=self._providers,
                 deterministic=self._deterministic,
             )
@@ -283,8 +345,8 @@ class Runner:
                 self._request("dropping a session", "drop", key=key)
                 raise SessionError(f"onnxruntime could not use {', '.join(unused)} for model {model.title}")
             session = Session.answered(key, model.bytes, answer)
-            self._sessions[path, optimization] = session
-        self._sessions.move_to_end((path, optimization))
+            self._sessions[path, optimization, threads] = session
+        self._sessions.move_to_end((path, optimization, threads))
         return session
 
     def _room_for(self, model: ModelFile) -> bool:
@@ -294,9 +356,10 @@ class Runner:
         held = model.bytes + sum(session.bytes for session in self._sessions.values())
         return self._memory is None or held * _MEMORY_FACTOR <= self._memory
 
-    def _drop(self, path: Path, optimization: str) -> None:
+    def _drop(self, path: Path, optimization: str, threads: int | None = None) -> None:
         """Release a session if it is there."""
-        session = self._sessions.pop((path, optimization), None)
+        key = (path, optimization, self._threads if threads is None else threads)
+        session = self._sessions.pop(key, None)
         if session and self._child:
             self._request("dropping a session", "drop", key=session.key)
 

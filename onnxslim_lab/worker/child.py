@@ -65,16 +65,17 @@ class Child:
     Args:
         folder: The private folder; the child works there and removes it when its input ends.
         timeout: Seconds after which a request is given up and the process killed.
+        module: What the process runs.
     """
 
-    def __init__(self, folder: Path, timeout: float) -> None:
+    def __init__(self, folder: Path, timeout: float, module: str = "onnxslim_lab.worker.main") -> None:
         self._timeout = timeout
         self._log = folder / "stderr.txt"
         # The child finds this package where we found it, whatever its working folder.
         search = os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path)
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "onnxslim_lab.worker.main", str(folder)],
+                [sys.executable, "-m", module, str(folder)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto, helper
@@ -81,7 +82,7 @@ class ModelFile:
     values: frozenset[str]
     outputs: tuple[str, ...]
     random: bool
-    _variants: dict[tuple[str, ...], Path] = field(default_factory=dict)
+    _variants: dict[tuple[Any, ...], Path] = field(default_factory=dict)
     _made: int = 0
 
     @classmethod
@@ -100,21 +101,23 @@ class ModelFile:
         values = frozenset([*made, *graph.inputs, *graph.initializers])
         return cls(path, title, weights, values, tuple(graph.outputs), random)
 
-    def with_outputs(self, names: Sequence[str]) -> Path:
-        """Return the file that also has the named values as outputs; external data is shared."""
+    def with_outputs(self, names: Sequence[str], nodes: Sequence[NodeProto] = ()) -> Path:
+        """Return the file that also has these nodes, and the named values as outputs; data is shared."""
         extra = tuple(sorted(set(names) - set(self.outputs)))
         if not extra:
             return self.path
-        if extra not in self._variants:
+        key = (*extra, *(node.SerializeToString(deterministic=True) for node in nodes))
+        if key not in self._variants:
             model = onnx.load(self.path, load_external_data=False)
+            model.graph.node.extend(nodes)
             add_outputs(model.graph, extra)
             self._made += 1
             path = self.path.with_name(f"outputs_{self._made}.onnx")
             _write(model, path)
-            self._variants[extra] = path
+            self._variants[key] = path
             if len(self._variants) > _VARIANTS:
                 self._variants.pop(next(iter(self._variants))).unlink()
-        return self._variants[extra]
+        return self._variants[key]
 
 
 def _write(model: ModelProto, path: Path) -> None:

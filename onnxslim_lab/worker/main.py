@@ -14,6 +14,7 @@ import time
 from typing import Any
 
 from onnxslim_lab.worker.binding import needs_binding, run_bound
+from onnxslim_lab.worker.measure import Measurement
 from onnxslim_lab.worker.messages import Value, receive, send
 
 
@@ -27,6 +28,7 @@ class Worker:
 
     def __init__(self) -> None:
         self.sessions: dict[str, Any] = {}
+        self.measurement: Measurement | None = None
 
     def hello(self) -> dict[str, Any]:
         """Import onnxruntime and return its version and providers."""
@@ -73,14 +75,31 @@ class Worker:
             return {"outputs": run_bound(session, feed, outputs)}
         return {"outputs": dict(zip(outputs, session.run(outputs, feed), strict=True))}
 
+    def measure(self, key: str, **specification: Any) -> dict[str, Any]:
+        """Begin to measure with the session `key`; see Measurement."""
+        self.measurement = Measurement(self.sessions[key], **specification)
+        return {}
 
-def main() -> None:
-    """Answer requests until the input ends."""
+    def measure_feed(self, number: int, feed: dict[str, Value], samples: int) -> dict[str, Any]:
+        """Take a feed; an error may be that of one before it."""
+        assert self.measurement is not None
+        self.measurement.feed(number, feed, samples)
+        return {}
+
+    def measured(self) -> dict[str, Any]:
+        """End measuring and return what was found."""
+        assert self.measurement is not None
+        found = self.measurement.finish()
+        self.measurement = None
+        return found
+
+
+def serve(worker: Any) -> None:
+    """Answer requests with the methods of `worker` until the input ends."""
     folder = sys.argv[1]
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what onnxruntime prints must not mix with the answers
     requests = sys.stdin.buffer
-    worker = Worker()
     try:
         while True:
             request = receive(requests)
@@ -99,4 +118,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve(Worker())

@@ -1,0 +1,188 @@
+"""Results kept on disk under hashes of the content of model, data and options."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxslim_lab.errors import SaveError
+from onnxslim_lab.graph import Graph, is_op
+from onnxslim_lab.statistics.collected import Place, Statistics, place
+from onnxslim_lab.statistics.gram import Gram
+from onnxslim_lab.statistics.values import Channels, Histogram, ValueStatistics
+from onnxslim_lab.weights import stub_location
+from onnxslim_lab.worker.messages import Value, receive, send
+
+VERSION = 1  # to be raised when results change their meaning
+LARGEST = 4 << 30  # bytes of the folder; the entries used longest ago go first
+
+
+def default_folder() -> Path:
+    """Return the user's cache folder: $ONNXSLIM_LAB_CALIBRATION_CACHE, else below $XDG_CACHE_HOME or ~/.cache."""
+    given = os.environ.get("ONNXSLIM_LAB_CALIBRATION_CACHE")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "onnxslim_lab" / "calibration"
+
+
+def model_digest(model: Graph) -> bytes:
+    """Return a hash of what a model computes: nodes, constants, inputs and outputs of all its graphs."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(repr(sorted(model.opsets.items())).encode())
+    for part in model.walk():
+        digest.update(repr((place(part), part.inputs, part.outputs)).encode())
+        for name in sorted(part.sparse_initializers):
+            sparse = part.sparse_initializer(name)
+            assert sparse is not None
+            for tensor in (sparse.values, sparse.indices):
+                location = stub_location(tensor)
+                digest.update(part.store.digest(location) if location else tensor.SerializeToString())
+            digest.update(repr((name, list(sparse.dims))).encode())
+        for name in sorted(part.initializers):
+            digest.update(repr((name, part.constant_key(name))).encode())
+        for node in part.nodes:
+            if is_op(node, "Constant"):
+                key = part.constant_key(node.output[0])
+                if key is not None:
+                    digest.update(repr((node.output[0], key)).encode())
+                    continue
+            digest.update(node.SerializeToString(deterministic=True))
+            for attribute in node.attribute:
+                location = stub_location(attribute.t) if attribute.HasField("t") else ""
+                if location:
+                    digest.update(part.store.digest(location))
+    return digest.digest()
+
+
+def data_digest(feeds: Iterable[Mapping[str, Value]]) -> bytes:
+    """Return a hash of the feeds, in order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for feed in feeds:
+        digest.update(b"feed")
+        for name in sorted(feed):
+            digest.update(repr(name).encode())
+            _add(digest, feed[name])
+    return digest.digest()
+
+
+def _add(digest: Any, value: Any) -> None:
+    if isinstance(value, np.ndarray):
+        digest.update(f"{value.dtype.name}{value.shape}".encode())
+        if value.dtype == object:
+            digest.update(repr(value.tolist()).encode())
+        elif value.nbytes:
+            digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+    elif isinstance(value, (list, tuple)):
+        digest.update(b"list%d" % len(value))
+        for item in value:
+            _add(digest, item)
+    elif isinstance(value, dict):
+        digest.update(b"map%d" % len(value))
+        for key, item in value.items():
+            digest.update(repr(key).encode())
+            _add(digest, item)
+    else:
+        digest.update(repr(value).encode())
+
+
+class Cache:
+    """A folder of results; a damaged entry counts as none.
+
+    Args:
+        folder: Made when first written to.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def has(self, key: str) -> bool:
+        """Whether there is an entry under a key."""
+        return (self.folder / f"{key}.bin").exists()
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """Return what was put under a key, None when it is not there."""
+        path = self.folder / f"{key}.bin"
+        try:
+            with path.open("rb") as stream:
+                found = receive(stream)
+            os.utime(path)
+        except (OSError, EOFError, ValueError, KeyError, TypeError, MemoryError):
+            return None
+        return found
+
+    def put(self, key: str, message: dict[str, Any]) -> None:
+        """Keep a result: at every moment the entry is there in full or not at all.
+
+        Raises:
+            SaveError: The folder cannot be written to.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".part", delete=False) as stream:
+                try:
+                    send(stream, message)  # type: ignore[arg-type]
+                    stream.close()
+                    Path(stream.name).replace(self.folder / f"{key}.bin")
+                except BaseException:
+                    Path(stream.name).unlink(missing_ok=True)
+                    raise
+            self._evict()
+        except OSError as error:
+            raise SaveError(
+                f"cannot keep calibration results in {self.folder}: {error.strerror}; name another folder "
+                "in ONNXSLIM_LAB_CALIBRATION_CACHE"
+            ) from error
+
+    def _evict(self) -> None:
+        entries = []
+        for path in self.folder.glob("*.bin"):
+            with contextlib.suppress(OSError):  # another process was faster
+                found = path.stat()
+                entries.append((found.st_mtime, found.st_size, path))
+        total = sum(size for _, size, _ in entries)
+        for _, size, path in sorted(entries):
+            if total <= LARGEST:
+                break
+            path.unlink(missing_ok=True)
+            total -= size
+
+
+def key_of(*parts: Any) -> str:
+    """Return the key of an entry: a hash of everything its content depends on."""
+    return hashlib.blake2b(repr((VERSION, *parts)).encode(), digest_size=20).hexdigest()
+
+
+def pack_statistics(statistics: Statistics) -> dict[str, Any]:
+    """Return statistics as a message."""
+    values = [[[*at], name, asdict(found)] for (at, name), found in statistics.values.items()]
+    return {
+        "values": values,
+        "missing": [[[*at], name, why] for (at, name), why in statistics.missing.items()],
+    }
+
+
+def unpack_statistics(message: dict[str, Any]) -> Statistics:
+    """Return the statistics that a message holds."""
+    values: dict[tuple[Place, str], ValueStatistics] = {}
+    for at, name, fields in message["values"]:
+        form = dict(fields)
+        histogram, channels = form.pop("histogram"), form.pop("channels")
+        values[tuple(at), name] = ValueStatistics(
+            **form,
+            histogram=None if histogram is None else Histogram(**histogram),
+            channels=None if channels is None else Channels(**channels),
+        )
+    return Statistics(values, {(tuple(at), name): why for at, name, why in message["missing"]})
+
+
+def pack_gram(gram: Gram) -> dict[str, Any]:
+    """Return a Gram matrix as a message."""
+    return {"matrix": gram.matrix, "total": gram.total, "count": gram.count}
