@@ -1,8 +1,8 @@
-"""Set the weights of smallest magnitude to zero."""
+"""Set the weights to zero that matter least: by magnitude, or by what they cost at the layer's output."""
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -11,8 +11,12 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from onnxslim_lab.base import Change, Context, Outcome, Pass
+from onnxslim_lab.errors import ParameterError
 from onnxslim_lab.floats import BLOCK, Array, blocks, kth_magnitude, magnitude_bits
 from onnxslim_lab.graph import Graph
+from onnxslim_lab.second_order.choose import Pattern
+from onnxslim_lab.second_order.pruning import Plan as LossPlan
+from onnxslim_lab.second_order.pruning import Refit, prune_by_loss, unusable
 from onnxslim_lab.selection import Overrides, Patterns, Target, find_targets
 
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
@@ -116,22 +120,30 @@ def zeros_wanted(sparsity: float, elements: int) -> int:
 
 
 class Prune(Pass):
-    """Set the weights of smallest magnitude to zero (unstructured or N:M), bias and the rest untouched.
+    """Set the weights that matter least to zero (unstructured, N:M or in blocks).
 
     before: W                         after: W * (|W| > the k-th smallest magnitude)
+
+    `criterion` says what matters. "magnitude" needs no data and touches nothing else. "wanda" weighs each
+    weight with the energy of its input. "obs" removes the weights of each row in the order that costs the
+    output least, all others updated at each step (optimal brain surgeon; exact up to 1,200 inputs, above
+    with one inverse Hessian for all rows); fractions are then taken of the loss relative to the output's
+    variance, so that one threshold serves all layers. `refit` makes the loss good afterwards by least
+    squares on the weights and biases that are left: of each layer by itself ("layer"), or layer after
+    layer against the original model ("network"). Sources: onnxslim_lab.second_order.
 
     `scope` says what the fraction is taken of: "global" all selected layers together, "layer" each
     weight, "row" each output row of its matrix. Exactly round(sparsity * n) weights are zero
     afterwards, or more where more were zero before; among equal magnitudes the first in graph and
     storage order go first. "global" is what torch.nn.utils.prune.global_unstructured does with
     L1Unstructured: the same mask, but for the order of ties, which torch leaves open.
-    `pattern` "2:4" keeps the 2 largest of every 4 consecutive columns of the (out, in) matrix; the
+    `pattern` "2:4" keeps the 2 best of every 4 consecutive columns of the (out, in) matrix; the
     columns of a Conv are (channel, *kernel) in storage order. An incomplete last group keeps at most
-    as many. Magnitude pruning: Han et al., Learning both Weights and Connections, 2015.
+    as many. "block:8" removes 8 consecutive columns of a row together. Magnitude pruning: Han et al., Learning both Weights and Connections, 2015.
 
     refuses: integer and other quantized weights; weights with NaN; weights without elements; weights
     that are outputs of the graph; embeddings, tied ones included, unless `embeddings` is set; weights
-    that already have the zeros asked for.
+    that already have the zeros asked for; with wanda and obs layers that no feed reaches.
 
     >>> Prune(sparsity=0.9, scope="layer", overrides="conv1*:0.3").overrides
     {'conv1*': 0.3}
@@ -140,6 +152,9 @@ class Prune(Pass):
     exact: ClassVar[bool] = False
     level: ClassVar[Literal["graph", "model"]] = "model"
 
+    criterion: Literal["magnitude", "wanda", "obs"] = Field(
+        "magnitude", description="what matters: the weight itself, with its input, or the loss at the output"
+    )
     sparsity: Fraction | None = Field(
         None, description="fraction of zeros to reach; 0.5 when nothing is given"
     )
@@ -147,7 +162,16 @@ class Prune(Pass):
         None, gt=0, allow_inf_nan=False, description="instead of a fraction: zero what is smaller than this"
     )
     scope: Literal["global", "layer", "row"] = Field("global", description="what the fraction is taken of")
-    pattern: str = Field("any", description='"any", or N:M such as 2:4: N of every M consecutive inputs stay')
+    pattern: str = Field(
+        "any",
+        description='"any"; N:M such as 2:4: N of every M consecutive inputs stay; block:N: N go together',
+    )
+    refit: Literal["auto", "none", "layer", "network"] = Field(
+        "auto", description="least squares on what is left; auto: network with obs, otherwise none"
+    )
+    damping: float = Field(
+        1e-6, gt=0, lt=1, description="part of the mean input energy added to the Gram matrix"
+    )
     include: Patterns = Field((), description="glob patterns of node or weight names; empty means all layers")
     exclude: Patterns = Field((), description="glob patterns of node or weight names to leave alone")
     overrides: Overrides[Fraction] = Field(
@@ -159,18 +183,14 @@ class Prune(Pass):
     @field_validator("pattern")
     @classmethod
     def _check_pattern(cls, pattern: str) -> str:
-        if pattern == "any":
-            return pattern
-        parts = re.fullmatch(r"(\d{1,4}):(\d{1,4})", pattern)
-        if not parts or not 0 < int(parts[1]) < int(parts[2]):
-            raise ValueError('must be "any" or N:M with 0 < N < M, such as 2:4')
+        Pattern.parse(pattern)
         return pattern
 
     @model_validator(mode="after")
     def _check_exclusive(self) -> Self:
         if self.sparsity is not None and self.threshold is not None:
             raise ValueError("sparsity and threshold exclude each other; give one")
-        if self.pattern != "any" and (
+        if Pattern.parse(self.pattern).group and (
             self.sparsity is not None
             or self.threshold is not None
             or self.overrides
@@ -181,7 +201,26 @@ class Prune(Pass):
             )
         if self.threshold is not None and self.scope != "global":
             raise ValueError("scope has no meaning with a threshold; leave it out")
+        if self.threshold is not None and not self._is_plain:
+            raise ValueError("threshold is of magnitudes: it goes with criterion magnitude and no pattern")
         return self
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether weights are ranked by magnitude alone, which needs neither data nor a whole matrix."""
+        blocked = Pattern.parse(self.pattern).block > 1
+        return self.criterion == "magnitude" and self._refit == "none" and not blocked
+
+    @property
+    def _refit(self) -> Refit:
+        if self.refit != "auto":
+            return self.refit
+        return "network" if self.criterion == "obs" else "none"
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether it measures activations."""
+        return self.criterion != "magnitude" or self._refit != "none"
 
     def apply(self, graph: Graph, context: Context) -> Outcome:
         """Prune the selected weights of the whole model in place.
@@ -199,6 +238,9 @@ class Prune(Pass):
             else:
                 before.append(nonzeros)
                 sound.append(target)
+        if not self._is_plain:
+            self._prune_by_loss(graph, sound, before, context, outcome)
+            return outcome
         pruned = self._pruned(sound)
         for number, (target, nonzeros) in enumerate(zip(sound, before, strict=True)):
             values = next(pruned)
@@ -212,6 +254,33 @@ class Prune(Pass):
             del values  # before the next weight is copied
             context.progress(number + 1, len(sound), f"prune {target.where}")
         return outcome
+
+    def _prune_by_loss(
+        self, graph: Graph, targets: list[Target], before: list[int], context: Context, outcome: Outcome
+    ) -> None:
+        """Prune by what weights cost at the outputs of their layers."""
+        calibration = context.calibration
+        if self.needs_calibration and calibration is None:
+            raise ParameterError(f"prune: criterion {self.criterion} with refit {self._refit} needs data")
+        plan = LossPlan(
+            self.criterion, Pattern.parse(self.pattern), self.scope, self._fraction, self._refit, self.damping
+        )
+        counts = {id(target): nonzeros for target, nonzeros in zip(targets, before, strict=True)}
+        usable = []
+        for target in targets:
+            reason = unusable(target) if self.needs_calibration else ""
+            if reason:
+                outcome.refuse(target.where, reason)
+            else:
+                usable.append(target)
+        for pruned in prune_by_loss(graph, usable, plan, calibration, context.progress):
+            target, values = pruned.target, pruned.values
+            left = int(np.count_nonzero(values))
+            target.write(values)
+            change = _change(target, values.nbytes, counts[id(target)], left)
+            if not math.isnan(pruned.error):
+                change.detail["output error"] = pruned.error
+            outcome.changes.append(change)
 
     def _targets(self, graph: Graph, outcome: Outcome) -> Iterator[Target]:
         """Yield the selected weights; refuse embeddings unless they are asked for."""

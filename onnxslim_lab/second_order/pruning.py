@@ -1,0 +1,246 @@
+"""Pruning by what a weight costs at its layer's output, over a whole model."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxslim_lab.base import Progress
+from onnxslim_lab.graph import Graph
+from onnxslim_lab.layers import Layer, layer_of
+from onnxslim_lab.second_order.choose import (
+    Criterion,
+    Pattern,
+    cheapest,
+    compensate_wide,
+    output_energy,
+    removal_losses,
+)
+from onnxslim_lab.second_order.obs import Doubles, Mask, output_loss, refit
+from onnxslim_lab.second_order.repair import moments, repaired
+from onnxslim_lab.selection import Target
+from onnxslim_lab.statistics import Calibration, Gram
+from onnxslim_lab.statistics.calibration import gram_input
+
+Array = NDArray[Any]
+Scope = Literal["global", "layer", "row"]
+Refit = Literal["none", "layer", "network"]
+WIDEST = 2304  # columns up to which a least-squares problem is solved for each row
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to prune, how far, and how the rest makes it good.
+
+    Attributes:
+        criterion: What a removal costs; see `removal_losses`.
+        pattern: Which weights go together.
+        scope: What the fraction is taken of: all weights together, each layer's, each row's.
+        fraction: The fraction to remove, where no override of the target says otherwise.
+        refit: Least squares on what is left: none; of each layer by itself ("layer"); or layer after
+            layer against the original model, so that later layers make good what earlier ones lose.
+        damping: Part of the mean energy of an input that is added to the Gram matrix.
+    """
+
+    criterion: Criterion
+    pattern: Pattern
+    scope: Scope
+    fraction: float
+    refit: Refit
+    damping: float
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A pruned weight: its values in the stored layout, and the output error that is left, relative.
+
+    `error` is the energy of the output's change over the variance of the output, on the layer's inputs in
+    the model before this pass; NaN where no Gram matrix was at hand.
+    """
+
+    target: Target
+    values: Array
+    error: float
+
+
+def prune_by_loss(
+    model: Graph,
+    targets: Sequence[Target],
+    plan: Plan,
+    calibration: Calibration | None,
+    progress: Progress,
+) -> Iterator[Pruned]:
+    """Yield each target pruned, in graph order; biases are updated in the model as it goes.
+
+    The caller writes each result into the model before it takes the next: with refit "network" the next
+    layer's inputs depend on it. Two passes over the data with refit "layer"; with "network" one more for
+    each layer. Losses are kept in a scratch file, one Gram matrix group in memory at a time.
+    """
+    original = model.copy() if plan.refit == "network" else model
+    with tempfile.TemporaryDirectory(prefix="onnxslim_lab-") as folder:
+        masks = _masks(model, targets, plan, calibration, progress, Path(folder))
+        grams = None
+        if calibration is not None and plan.refit == "layer":
+            grams = _grams(model, targets, calibration)
+        for number, (target, mask) in enumerate(zip(targets, masks, strict=True)):
+            progress(number, len(targets), f"refit {target.where}")
+            gram = None if grams is None else next(grams)
+            if calibration is None or plan.refit == "none" or target.is_lookup:
+                matrix = target.layer.matrix
+                kept = np.where(mask, matrix.dtype.type(0), matrix)
+                yield Pruned(target, target.layer.with_matrix(kept), float("nan"))
+            else:
+                yield _refitted(original, target, ~mask, gram, plan, calibration)
+
+
+def _grams(model: Graph, targets: Sequence[Target], calibration: Calibration) -> Iterator[Gram]:
+    """Yield one Gram matrix for each target, over all layers that use the weight in the same arrangement."""
+    users = [[layer for layer in t.layers if layer.shape == t.layer.shape] for t in targets]
+    found = calibration.grams(model, [layer for group in users for layer in group])
+    for group in users:
+        gram = next(found)[1]
+        for _ in group[1:]:
+            gram = gram.merge(next(found)[1])
+        yield gram
+
+
+def _masks(
+    model: Graph,
+    targets: Sequence[Target],
+    plan: Plan,
+    calibration: Calibration | None,
+    progress: Progress,
+    folder: Path,
+) -> list[Mask]:
+    """Return for each target the mask (groups, out, in) of the weights that go."""
+    losses: list[Array] = []
+    grams = None
+    if calibration is not None and plan.criterion != "magnitude":
+        grams = _grams(model, targets, calibration)
+    for number, target in enumerate(targets):
+        progress(number, len(targets), f"losses of {target.where}")
+        gram, matrix = None if grams is None else next(grams), target.layer.matrix
+        found = removal_losses(matrix, gram, plan.criterion, plan.pattern, plan.damping)
+        relative = found if gram is None else found / output_energy(matrix, gram)
+        kept = np.lib.format.open_memmap(
+            folder / f"{number}.npy", "w+", dtype=np.float32, shape=relative.shape
+        )
+        kept[...] = relative
+        losses.append(kept)
+    pool = [n for n, t in enumerate(targets) if t.override is None]
+    if plan.pattern.group:
+        return [np.isfinite(found) for found in losses]
+    if plan.scope == "global" and pool:
+        together = np.concatenate([losses[n].reshape(-1) for n in pool])
+        gone = cheapest(together, round(plan.fraction * together.size))
+        ends = np.cumsum([losses[n].size for n in pool])
+        parts = dict(zip(pool, np.split(gone, ends[:-1]), strict=True))
+    else:
+        parts = {}
+    masks = []
+    for number, (target, found) in enumerate(zip(targets, losses, strict=True)):
+        if number in parts:
+            masks.append(parts[number].reshape(found.shape))
+            continue
+        fraction = plan.fraction if target.override is None else float(target.override)
+        if plan.scope == "row":
+            rows = [cheapest(row, round(fraction * row.size)) for row in found.reshape(-1, found.shape[-1])]
+            masks.append(np.stack(rows).reshape(found.shape))
+        else:
+            masks.append(cheapest(np.asarray(found), round(fraction * found.size)))
+    return masks
+
+
+def _refitted(
+    original: Graph, target: Target, stays: Mask, gram: Gram | None, plan: Plan, calibration: Calibration
+) -> Pruned:
+    """Return one target with the weights that do not stay removed and the others refitted."""
+    layer = target.layer
+    matrix = np.asarray(layer.matrix, np.float64)
+    wide = matrix.shape[2] > WIDEST
+    twin = None if wide or plan.refit != "network" else _twin(original, layer)
+    if twin is not None:
+        bias = own_bias(layer)
+        found = moments(calibration, layer, twin)
+        before = None if bias is None else bias.read()
+        result, shifted = repaired(matrix, before, stays, found, damping=plan.damping)
+        if bias is not None and shifted is not None:
+            bias.write(shifted)
+        return Pruned(target, layer.with_matrix(result), float("nan"))
+    if gram is None:
+        gram = next(_grams(layer.graph.root, [target], calibration))
+    if not gram.full:
+        return Pruned(target, layer.with_matrix(np.where(stays, matrix, 0.0)), float("nan"))
+    if wide:
+        result = compensate_wide(matrix, gram, ~stays, plan.damping)
+    else:
+        result = refit(matrix, stays, gram.xtx, damping=plan.damping)
+    error = float(output_loss(result - matrix, gram.xtx).sum()) / output_energy(matrix, gram)
+    return Pruned(target, layer.with_matrix(result), error)
+
+
+def _twin(original: Graph, layer: Layer) -> Layer | None:
+    """Return a layer's counterpart in the original; None where its inputs cannot be had from both models."""
+    if layer.graph.root is not layer.graph or layer.graph.is_function or layer.role != "weight":
+        return None
+    if layer.op_type == "Gather":
+        return None
+    for node in original.nodes:
+        if node.output[0] == layer.node.output[0]:
+            found = layer_of(original, node)
+            return found if isinstance(found, Layer) and found.shape == layer.shape else None
+    return None
+
+
+@dataclass(frozen=True)
+class Bias:
+    """A layer's own constant bias as (groups, out)."""
+
+    read: Callable[[], Doubles]
+    write: Callable[[Doubles], None]
+
+
+def own_bias(layer: Layer) -> Bias | None:
+    """Return the bias of a Conv or Gemm that nothing else reads and that has one value for each output."""
+    name = layer.bias
+    groups, outputs, _ = layer.shape
+    if name is None or layer.op_type not in ("Conv", "Gemm") or layer.kind.scale != 1.0:
+        return None
+    values = layer.graph.constant(name)
+    home = layer.graph.scope_of(name)
+    if values is None or home is not layer.graph or layer.graph.use_count(name) != 1:
+        return None
+    if (
+        values.size != groups * outputs
+        or values.shape[-1:] != (values.size,)
+        or getattr(layer.kind, "left", False)
+    ):
+        return None
+    scale = float(getattr(layer.kind, "beta", 1.0))
+    if not scale:
+        return None
+
+    def read() -> Doubles:
+        return np.asarray(values, np.float64).reshape(groups, outputs) * scale
+
+    def write(new: Doubles) -> None:
+        layer.graph.set_constant(name, (new / scale).reshape(values.shape).astype(values.dtype))
+
+    return Bias(read, write)
+
+
+def unusable(target: Target) -> str:
+    """Return why no Gram matrix can be had for a target, "" when it can."""
+    if any(layer.role == "R" for layer in target.layers):
+        return (
+            "recurrent weights multiply a hidden state that is no value of the graph; use criterion=magnitude"
+        )
+    if any(layer.graph.is_constant(gram_input(layer)) for layer in target.layers):
+        return "its input is constant"
+    return ""

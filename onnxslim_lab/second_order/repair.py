@@ -1,0 +1,81 @@
+"""Repair: the weights that are left, refitted so that each layer gives what it gave in the original model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxslim_lab.layers import Layer
+from onnxslim_lab.second_order.obs import Doubles, Mask, refit
+from onnxslim_lab.statistics import Calibration
+from onnxslim_lab.statistics.calibration import gram_input
+
+Array = NDArray[Any]
+
+
+@dataclass
+class Moments:
+    """Sums over pairs of input rows: x in the edited model, y in the original, a one appended to both.
+
+    Attributes:
+        own: Sum of x x^T, (groups, in + 1, in + 1).
+        cross: Sum of y x^T, (groups, in + 1, in + 1).
+    """
+
+    own: Doubles
+    cross: Doubles
+
+    @classmethod
+    def empty(cls, layer: Layer) -> Moments:
+        """Return the sums over no rows."""
+        groups, _, columns = layer.shape
+        shape = (groups, columns + 1, columns + 1)
+        return cls(np.zeros(shape), np.zeros(shape))
+
+    def add(self, x: Array, y: Array) -> None:
+        """Add rows (groups, n, in) of both models."""
+        ones = np.ones((*x.shape[:2], 1), np.float32)
+        mine = np.concatenate([x.astype(np.float32, copy=False), ones], axis=2)
+        theirs = np.concatenate([y.astype(np.float32, copy=False), ones], axis=2)
+        self.own += mine.swapaxes(1, 2) @ mine
+        self.cross += theirs.swapaxes(1, 2) @ mine
+
+
+def moments(calibration: Calibration, edited: Layer, original: Layer, limit: int | None = None) -> Moments:
+    """Return the moments of a layer of the main graph's inputs in an edited model and in the original."""
+    result = Moments.empty(edited)
+    values = [gram_input(layer) for layer in (edited, original)]
+    runs: list[Iterator[dict[str, Any]]] = [
+        calibration.stream(layer.graph, [value], limit=limit)
+        for layer, value in zip((edited, original), values, strict=True)
+    ]
+    for mine, theirs in zip(*runs, strict=True):
+        result.add(edited.rows(mine[values[0]]), original.rows(theirs[values[1]]))
+    return result
+
+
+def repaired(
+    matrix: Array, bias: Array | None, mask: Mask, found: Moments, *, damping: float
+) -> tuple[Doubles, Doubles | None]:
+    """Return the weights and the bias that meet the original's outputs best, weights only where `mask` is.
+
+    Args:
+        matrix: The original's weights (groups, out, in).
+        bias: The original's bias (groups, out), None where the layer has none: it then gets none.
+        mask: True where a weight stays, like `matrix`.
+        found: Moments of the inputs.
+        damping: Pull towards the original's weights, part of the mean energy of an input.
+    """
+    columns = matrix.shape[2]
+    if bias is None:
+        inner = slice(0, columns)
+        goal = matrix @ found.cross[:, inner, inner]
+        return refit(matrix, mask, found.own[:, inner, inner], goal=goal, damping=damping), None
+    whole = np.concatenate([np.asarray(matrix, np.float64), bias[..., None]], axis=2)
+    stays = np.concatenate([mask, np.ones((*mask.shape[:2], 1), np.bool_)], axis=2)
+    result = refit(whole, stays, found.own, goal=whole @ found.cross, damping=damping)
+    return result[..., :columns], result[..., columns]
