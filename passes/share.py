@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from onnxslim_lab.base import Change, Context, Outcome, Pass
 from onnxslim_lab.clustering import (
@@ -23,9 +23,13 @@ from onnxslim_lab.clustering import (
     scaled,
     settle,
 )
+from onnxslim_lab.errors import ParameterError
 from onnxslim_lab.floats import Array, blocks
 from onnxslim_lab.graph import Graph
+from onnxslim_lab.second_order.pruning import target_grams, unusable
+from onnxslim_lab.second_order.sharing import share_by_output
 from onnxslim_lab.selection import Overrides, Patterns, Target, find_targets
+from onnxslim_lab.statistics import Gram
 
 BINS = 1 << 14  # of the histogram that k-means runs on
 ROUNDS = 4  # readings of the full data that refine the codebook, at most
@@ -146,7 +150,10 @@ class Share(Pass):
     The values change and the tensor stays dense; `encode` then stores the indices. Zeros of a pruned
     weight stay zero and take one entry of its codebook; a small weight nearer to zero than to any other
     entry becomes zero too. `rows` gives every so many output rows of the weight's (out, in) matrix
-    their own codebook (a row of a Conv is an output channel). The values keep the weight's dtype. Han et al., Deep Compression, 2016.
+    their own codebook (a row of a Conv is an output channel). The values keep the weight's dtype. Han et
+    al., Deep Compression, 2016. With `weighting=activation` a weight counts as much as the energy of its
+    input, on calibration data; `compensate` also lets the weights of a row make good each other's
+    rounding errors. Sources: onnxslim_lab.second_order.sharing.
 
     refuses: integer and other quantized weights; weights with NaN or infinities; weights without
     elements; weights that are outputs of the graph; weights with no more distinct values than the
@@ -166,12 +173,29 @@ class Share(Pass):
     rows: int | None = Field(
         None, ge=1, description="matrix rows per codebook; one for the whole weight if unset"
     )
+    weighting: Literal["none", "activation"] = Field(
+        "none", description="what an error counts: itself, or with the energy of the weight's input"
+    )
+    compensate: bool = Field(
+        False, description="make rounding errors good at the layer's output (implies weighting=activation)"
+    )
     reserve_zero: bool = Field(False, description="whether 0.0 is an entry even where no weight is zero")
     include: Patterns = Field((), description="glob patterns of node or weight names; empty means all layers")
     exclude: Patterns = Field((), description="glob patterns of node or weight names to leave alone")
     overrides: Overrides[Annotated[int, Field(ge=1, le=8)]] = Field(
         default_factory=dict, description="glob pattern -> bits of the layers it matches (first match)"
     )
+
+    @model_validator(mode="after")
+    def _check_measured(self) -> Self:
+        if self.needs_calibration and (self.rows is not None or self.reserve_zero):
+            raise ValueError("rows and reserve_zero go with weighting=none and compensate=false")
+        return self
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether it measures activations."""
+        return self.compensate or self.weighting == "activation"
 
     def apply(self, graph: Graph, context: Context) -> Outcome:
         """Share the selected weights of the whole model in place, one weight and its copy in memory."""
@@ -184,8 +208,14 @@ class Share(Pass):
             exclude=self.exclude,
             overrides=self.overrides,
         )
+        grams = None
+        if self.needs_calibration:
+            if context.calibration is None:
+                raise ParameterError("share: weighting=activation and compensate need calibration data")
+            sound = [target for target in targets if not self._refuse_measured(target, outcome)]
+            targets, grams = sound, target_grams(graph, sound, context.calibration)
         for number, target in enumerate(targets):
-            result = self._share(target, context.seed)
+            result = self._share(target, context.seed, None if grams is None else next(grams))
             context.progress(number + 1, len(targets), f"share {target.where}")
             if isinstance(result, str):
                 outcome.refuse(target.where, result)
@@ -193,7 +223,15 @@ class Share(Pass):
                 outcome.changes.append(result)
         return outcome
 
-    def _share(self, target: Target, seed: int) -> Change | str:
+    @staticmethod
+    def _refuse_measured(target: Target, outcome: Outcome) -> bool:
+        """Refuse a target whose inputs cannot be measured; return whether it was."""
+        reason = unusable(target)
+        if reason:
+            outcome.refuse(target.where, reason)
+        return bool(reason)
+
+    def _share(self, target: Target, seed: int, gram: Gram | None = None) -> Change | str:
         """Share one weight; return what changed, or why nothing did."""
         values = target.read()
         bits = self.bits if target.override is None else int(target.override)
@@ -206,20 +244,21 @@ class Share(Pass):
         size = books * 2**bits * values.itemsize + math.ceil(values.size * bits / 8)
         if size >= values.nbytes:
             return f"codebook and indices would take {size} bytes, the weight takes {values.nbytes}"
-        result: Array = np.array(matrix, order="C").reshape(height, -1)
-        entries = 0
-        for start in range(0, height, rows):
-            part = result[start : start + rows]
-            shared = share_values(part, 2**bits, init=self.init, seed=seed, reserve_zero=self.reserve_zero)
-            if shared is not None:
-                part[...] = shared.values
-                entries = max(entries, shared.codebook.size)
+        if gram is not None and gram.count:
+            matrix = target.layer.matrix
+            found = share_by_output(
+                matrix, gram, 2**bits, compensate=self.compensate, init=self.init, seed=seed
+            )
+            entries = 0 if found is None else int(np.unique(found).size)
+            result: Array = matrix if found is None else found
+        else:
+            result, entries = self._shared_rows(matrix, height, bits, seed)
         if not entries:
             return f"nothing to share: no more than {2**bits} distinct values already"
-        result = result.reshape(matrix.shape)
         error, power = squares(matrix, result)
         nonzeros = int(np.count_nonzero(values))
-        target.write(result if self.rows is None else target.layer.with_matrix(result))
+        by_layer = self.rows is not None or (gram is not None and gram.count)
+        target.write(target.layer.with_matrix(result) if by_layer else result)
         return Change(
             where=target.where,
             what=f"shared {entries} values" + (f" for every {rows} rows" if self.rows else ""),
@@ -236,3 +275,16 @@ class Share(Pass):
                 "sqnr_db": 10 * (math.log10(power) - math.log10(error)),
             },
         )
+
+    def _shared_rows(self, matrix: Array, height: int, bits: int, seed: int) -> tuple[Array, int]:
+        """Return the values shared by every `rows` rows, and the entries of the largest codebook."""
+        rows = self.rows or height
+        result: Array = np.array(matrix, order="C").reshape(height, -1)
+        entries = 0
+        for start in range(0, height, rows):
+            part = result[start : start + rows]
+            shared = share_values(part, 2**bits, init=self.init, seed=seed, reserve_zero=self.reserve_zero)
+            if shared is not None:
+                part[...] = shared.values
+                entries = max(entries, shared.codebook.size)
+        return result.reshape(matrix.shape), entries

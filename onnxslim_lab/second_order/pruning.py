@@ -87,7 +87,7 @@ def prune_by_loss(
         masks = _masks(model, targets, plan, calibration, progress, Path(folder))
         grams = None
         if calibration is not None and plan.refit == "layer":
-            grams = _grams(model, targets, calibration)
+            grams = target_grams(model, targets, calibration)
         for number, (target, mask) in enumerate(zip(targets, masks, strict=True)):
             progress(number, len(targets), f"refit {target.where}")
             gram = None if grams is None else next(grams)
@@ -99,7 +99,7 @@ def prune_by_loss(
                 yield _refitted(original, target, ~mask, gram, plan, calibration)
 
 
-def _grams(model: Graph, targets: Sequence[Target], calibration: Calibration) -> Iterator[Gram]:
+def target_grams(model: Graph, targets: Sequence[Target], calibration: Calibration) -> Iterator[Gram]:
     """Yield one Gram matrix for each target, over all layers that use the weight in the same arrangement."""
     users = [[layer for layer in t.layers if layer.shape == t.layer.shape] for t in targets]
     found = calibration.grams(model, [layer for group in users for layer in group])
@@ -122,7 +122,7 @@ def _masks(
     losses: list[Array] = []
     grams = None
     if calibration is not None and plan.criterion != "magnitude":
-        grams = _grams(model, targets, calibration)
+        grams = target_grams(model, targets, calibration)
     for number, target in enumerate(targets):
         progress(number, len(targets), f"losses of {target.where}")
         gram, matrix = None if grams is None else next(grams), target.layer.matrix
@@ -174,7 +174,7 @@ def _refitted(
             bias.write(shifted)
         return Pruned(target, layer.with_matrix(result), float("nan"))
     if gram is None:
-        gram = next(_grams(layer.graph.root, [target], calibration))
+        gram = next(target_grams(layer.graph.root, [target], calibration))
     if not gram.full:
         return Pruned(target, layer.with_matrix(np.where(stays, matrix, 0.0)), float("nan"))
     if wide:
