@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from onnxslim_lab.commands.bench import bench
 from onnxslim_lab.commands.check_target import check_target
 from onnxslim_lab.commands.compare import compare
 from onnxslim_lab.commands.demo import demo
@@ -17,6 +18,7 @@ from onnxslim_lab.commands.inspect import inspect
 from onnxslim_lab.commands.optimize import optimize
 from onnxslim_lab.commands.passes import passes
 from onnxslim_lab.commands.recipe import recipe_app
+from onnxslim_lab.commands.sensitivity import sensitivity
 from onnxslim_lab.commands.shared import err, out
 from onnxslim_lab.errors import InternalError, LabError
 
@@ -29,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for _command in (optimize, inspect, compare, check_target, passes, demo):
+for _command in (optimize, inspect, compare, sensitivity, bench, check_target, passes, demo):
     app.command()(_command)
 app.add_typer(recipe_app, name="recipe")
 

@@ -1,0 +1,1 @@
+"""Quantization: types and grids, ranges of activations, rounding of weights, plans and their writing."""

@@ -1,0 +1,110 @@
+"""How far a quantized model's outputs are from the original's, as one number that any output can move."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxslim_lab.base import Context
+from onnxslim_lab.errors import SessionError
+from onnxslim_lab.graph import Graph
+from onnxslim_lab.quantization.plan import Plan
+from onnxslim_lab.quantization.ranges import Method
+from onnxslim_lab.worker.messages import Value
+
+Array = NDArray[Any]
+
+CANDIDATES: tuple[Method, ...] = ("minmax", "mse", "percentile")
+"""Ways to choose ranges that "auto" tries on the whole model."""
+
+_FLOOR = 1e-12  # of a slice's energy, relative to its output's
+
+
+class Judge:
+    """Compares choices of a plan by the outputs of the models they give.
+
+    Args:
+        plan: The plan.
+        context: Its calibration runs the models.
+        feeds: How many of the first feeds to run; quantized models are run on these only.
+    """
+
+    def __init__(self, plan: Plan, context: Context, feeds: int = 4) -> None:
+        assert context.calibration is not None
+        self.plan = plan
+        self._runner = context.calibration.runner
+        self._feeds = [feed for feed, _ in zip(context.calibration.data.feeds, range(feeds), strict=False)]
+        self._reference = self._runner.run(plan.model, self._feeds)
+
+    def loss(self, *, without: Iterable[str] = (), only: Iterable[str] | None = None) -> float:
+        """Return the loss of quantizing some layers, as `Plan.write`; infinite when the model does not run."""
+        graph: Graph = self.plan.model.copy()
+        self.plan.write(graph, without=without, only=only)
+        try:
+            return output_loss(self._reference, self._runner.run(graph, self._feeds))
+        except SessionError:
+            return float("inf")
+
+
+def choose_ranges(judge: Judge) -> str:
+    """Let a plan choose ranges in the way whose outputs are nearest the original's; return what was chosen."""
+    losses = {}
+    for method in CANDIDATES:
+        judge.plan.use_ranges(method)
+        losses[method] = judge.loss()
+    best = min(losses, key=losses.__getitem__)
+    judge.plan.use_ranges(best)
+    shown = ", ".join(f"{method} {decibels(loss):.1f}" for method, loss in losses.items())
+    return f"ranges of activations: {best}, by the output error in dB ({shown})"
+
+
+def decibels(loss: float) -> float:
+    """Return a relative squared error in dB.
+
+    >>> decibels(0.001)
+    -30.0
+    """
+    return 10 * math.log10(max(loss, 1e-30))
+
+
+def output_loss(reference: Sequence[dict[str, Value]], found: Sequence[dict[str, Value]]) -> float:
+    """Return the mean over outputs of the relative squared error, in [0, 1] for what is worth keeping.
+
+    Outputs of three and more axes are compared slice by slice along axis 1 (channels, time steps, tokens),
+    so that small ones count beside large ones: the scores of a detector beside its boxes. Classes and other
+    integers do not count.
+
+    >>> float(output_loss([{"y": np.float32([3, 4])}], [{"y": np.float32([3, 3])}]))
+    0.04
+    """
+    losses = []
+    for name, first in reference[0].items() if reference else ():
+        if not isinstance(first, np.ndarray) or first.dtype.kind != "f":
+            continue
+        energy: dict[tuple[int, ...], tuple[Array, Array]] = {}
+        for want, have in zip(reference, found, strict=True):
+            pair = _errors(want[name], have[name])
+            shape = pair[0].shape
+            before = energy.get(shape)
+            energy[shape] = pair if before is None else (before[0] + pair[0], before[1] + pair[1])
+        wanted = np.concatenate([pair[0] for pair in energy.values()])
+        errors = np.concatenate([pair[1] for pair in energy.values()])
+        floor = _FLOOR * wanted.sum() + np.finfo(np.float64).tiny
+        losses.append(float(np.mean(np.minimum(errors / (wanted + floor), 1e6))))
+    return float(np.mean(losses)) if losses else 0.0
+
+
+def _errors(want: Value, have: Value) -> tuple[Array, Array]:
+    """Return the energies of each slice of an output and of its error."""
+    first, second = (np.nan_to_num(np.asarray(value, np.float64)) for value in (want, have))
+    if first.shape != second.shape:
+        return np.ones(1), np.ones(1)
+    rows = first.shape[1] if first.ndim > 2 else 1
+    first, second = (
+        (np.moveaxis(value, 1, 0) if value.ndim > 2 else value).reshape(rows, -1) for value in (first, second)
+    )
+    return np.sum(first**2, axis=1), np.sum((first - second) ** 2, axis=1)

@@ -1,0 +1,296 @@
+"""The plan of a static quantization: layers, ranges and weights, measured once, written as often as needed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from onnxslim_lab.base import Change, Outcome
+from onnxslim_lab.errors import ParameterError, quote, suggest
+from onnxslim_lab.graph import Graph
+from onnxslim_lab.layers import Layer, find_layers
+from onnxslim_lab.quantization.gates import gate_grids
+from onnxslim_lab.quantization.numerics import Grid, grid_of, quantize, weight_grid
+from onnxslim_lab.quantization.placement import Placement, place
+from onnxslim_lab.quantization.ranges import Method, Range, choose_range
+from onnxslim_lab.quantization.static_layers import Key, StaticLayer, added_bias, key_of, weight_axis
+from onnxslim_lab.quantization.types import QuantType
+from onnxslim_lab.quantization.writer import GraphWriter, widen_for_bias
+from onnxslim_lab.statistics import Statistics, ValueStatistics
+from onnxslim_lab.statistics.collected import Place
+from onnxslim_lab.statistics.collected import place as place_of
+from onnxslim_lab.targets.model import Profile
+
+Codes = tuple[np.ndarray[Any, Any], Grid]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What values are quantized to.
+
+    Attributes:
+        activations, weights: Types.
+        symmetric_activations, symmetric_weights: Whether zero points are the middle of the codes.
+        per_channel: Whether each output channel of a weight has its scale.
+        reduce_range: Whether weights use one bit less.
+        ranges: How ranges of activations are chosen.
+        percentile: For ranges "percentile".
+        weight_ranges: How ranges of weights are chosen.
+        profile: The target.
+    """
+
+    activations: QuantType
+    weights: QuantType
+    profile: Profile
+    symmetric_activations: bool = False
+    symmetric_weights: bool = True
+    per_channel: bool = True
+    reduce_range: bool = False
+    ranges: Method = "auto"
+    percentile: float = 99.99
+    weight_ranges: Any = "minmax"
+
+    @property
+    def by_codes(self) -> bool:
+        """Whether standard operators may be put between codes."""
+        return self.profile.name.startswith("onnxruntime") and self.activations.name == "uint8"
+
+
+@dataclass
+class Plan:
+    """Everything that writing a quantized model takes.
+
+    Attributes:
+        model: The prepared float model; copies of it are what `write` takes.
+        layers: The layers that can run on codes.
+        scheme: The types.
+        statistics: Of every value that any choice of these layers quantizes.
+        rounded: Codes of weights that were rounded otherwise than to nearest, by layer name.
+        methods: Ways to choose the ranges of single values.
+        method: The way for the others; None: the scheme's.
+        shifts: What their rounding takes from the mean of each output, to be added to the bias.
+    """
+
+    model: Graph
+    layers: list[StaticLayer]
+    scheme: Scheme
+    statistics: Statistics
+    rounded: dict[str, Codes] = field(default_factory=dict)
+    shifts: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
+    methods: dict[tuple[Place, str], Method] = field(default_factory=dict)
+    method: Method | None = None
+    _ranges: dict[tuple[Place, str, Method], Range] = field(default_factory=dict)
+    _weights: dict[str, Codes] = field(default_factory=dict)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of all layers that can run on codes."""
+        return sum(layer.macs or 0 for layer in self.layers)
+
+    def use_ranges(self, method: Method) -> None:
+        """Choose the ranges of activations in another way from now on."""
+        self.method = method
+        self._weights.clear()  # a scale may have made room for a bias
+
+    def write(
+        self, graph: Graph, *, without: Iterable[str] = (), only: Iterable[str] | None = None
+    ) -> Outcome:
+        """Quantize layers of a copy of the model, in place.
+
+        Args:
+            graph: A copy of `model`, or the model itself.
+            without: Names of layers that stay float.
+            only: Names of the layers to quantize; None: all.
+
+        Returns:
+            One change for each layer.
+
+        Raises:
+            ParameterError: No layer has such a name.
+        """
+        chosen = self._chosen(without, only)
+        outcome = Outcome()
+        places: list[tuple[list[tuple[StaticLayer, Layer]], Placement]] = []
+        for part in graph.walk():
+            found = self._here(part, chosen)
+            if found:
+                placed = place(
+                    part,
+                    [layer for _, layer in found],
+                    self.scheme.profile.operators,
+                    by_codes=self.scheme.by_codes,
+                )
+                places.append((found, placed))
+        stored: dict[tuple[Any, ...], tuple[str, list[str]]] = {}
+        for found, placed in places:
+            writer = GraphWriter(placed, self.grids(placed))
+            for planned, layer in found:
+                self._write_layer(writer, planned, layer, stored, outcome)
+            writer.write_activations()
+        return outcome
+
+    def _chosen(self, without: Iterable[str], only: Iterable[str] | None) -> dict[Key, StaticLayer]:
+        names = {layer.name for layer in self.layers}
+        barred = set(without)
+        wanted = names if only is None else set(only)
+        for name in barred | wanted:
+            if name not in names:
+                raise ParameterError(f"no quantized layer {quote(name)}{suggest(name, names)}")
+        return {layer.key: layer for layer in self.layers if layer.name in wanted - barred}
+
+    @staticmethod
+    def _here(part: Graph, chosen: Mapping[Key, StaticLayer]) -> list[tuple[StaticLayer, Layer]]:
+        pairs = []
+        for layer in find_layers(part)[0]:
+            planned = chosen.get(key_of(part, layer.node)) if layer.role == "weight" else None
+            if planned is not None:
+                pairs.append((planned, layer))
+        return pairs
+
+    def grids(self, placed: Placement) -> dict[str, Grid]:
+        """Return the grids of a placement's root values and constants."""
+        scheme = self.scheme
+        grids = {}
+        for root in set(placed.roots.values()):
+            low, high = self.range(placed.graph, root)
+            bounds = placed.bounds.get(root)
+            if bounds and not scheme.symmetric_activations:
+                low, high = max(low, bounds[0]), min(high, bounds[1])
+            grids[root] = self._activation_grid(placed.graph, root, low, high)
+        for node in placed.gates.values():
+            _, high = self.range(placed.graph, node.input[0])
+            pair = gate_grids(placed.graph, node, high, scheme.activations)
+            grids.update(zip((node.input[0], node.output[0]), pair, strict=True))
+        for value in placed.constants:
+            array = placed.graph.constant(value)
+            assert array is not None
+            grids[value] = self._activation_grid(placed.graph, value, float(array.min()), float(array.max()))
+        return grids
+
+    def range(self, graph: Graph, value: str) -> Range:
+        """Return the range chosen for a value."""
+        scheme = self.scheme
+        where = place_of(graph), value
+        method = self.methods.get(where, self.method or scheme.ranges)
+        key = (*where, method)
+        if key not in self._ranges:
+            self._ranges[key] = choose_range(
+                self.statistics_of(graph, value),
+                scheme.activations,
+                method,
+                symmetric=scheme.symmetric_activations,
+                percentile=scheme.percentile,
+            )
+        return self._ranges[key]
+
+    def statistics_of(self, graph: Graph, value: str) -> ValueStatistics:
+        """Return the statistics of a value where they were measured."""
+        scope = graph.scope_of(value)
+        return self.statistics[scope or graph, value]
+
+    def _activation_grid(self, graph: Graph, value: str, low: float, high: float) -> Grid:
+        scale, zero_point = grid_of(
+            low,
+            high,
+            self.scheme.activations,
+            symmetric=self.scheme.symmetric_activations,
+            dtype=np.float16 if graph.dtype_of(value) == 10 else np.float32,
+        )
+        return Grid(self.scheme.activations, scale, zero_point)
+
+    def weight(self, planned: StaticLayer, layer: Layer) -> Codes:
+        """Return the codes of a layer's weight, as its node sees it, and their grid."""
+        if planned.name in self.rounded:
+            return self.rounded[planned.name]
+        if planned.name not in self._weights:
+            array = weight_of(layer)
+            grid = self.grid_of_weight(layer, array)
+            self._weights[planned.name] = quantize(array, grid), grid
+        return self._weights[planned.name]
+
+    def grid_of_weight(self, layer: Layer, array: np.ndarray[Any, Any]) -> Grid:
+        """Return the grid of a layer's weight; it leaves room for the bias in int32."""
+        scheme = self.scheme
+        half = layer.stored.used_type == 10
+        grid = weight_grid(
+            array,
+            scheme.weights,
+            granularity="channel" if scheme.per_channel else "tensor",
+            axis=weight_axis(layer),
+            symmetric=scheme.symmetric_weights,
+            method=scheme.weight_ranges,
+            reduce_range=scheme.reduce_range,
+            dtype=np.float16 if half else np.float32,
+        )
+        bias = bias_of(layer)
+        if bias is None or half:
+            return grid
+        value = layer.node.input[0]
+        low, high = self.range(layer.graph, value)
+        return widen_for_bias(grid, self._activation_grid(layer.graph, value, low, high), bias)
+
+    def _write_layer(
+        self,
+        writer: GraphWriter,
+        planned: StaticLayer,
+        layer: Layer,
+        stored: dict[tuple[Any, ...], tuple[str, list[str]]],
+        outcome: Outcome,
+    ) -> None:
+        codes, grid = self.weight(planned, layer)
+        owner = layer.weight_graph
+        key = (id(owner), layer.weight, grid.axis, grid.scale.tobytes(), codes.shape)
+        before = layer.parameters * (2 if layer.stored.data_type == 10 else 4)
+        if key not in stored:
+            name = owner.fresh_name("w")
+            owner.set_constant(name, codes, grid.kind.data_type)
+            brief = layer.op_type == "Conv"
+            stored[key] = name, writer.parameters(grid, owner=owner, brief=brief)
+        name, parameters = stored[key]
+        writer.write_weight(layer, name, parameters, grid.axis)
+        if layer.stored.used_type != 10:
+            writer.write_bias(layer, grid, self.shifts.get(planned.name))
+        outcome.changes.append(
+            Change(
+                planned.name,
+                f"runs on codes: weights {grid.kind}, activations {self.scheme.activations}",
+                weights=(layer.weight,),
+                bytes_before=before,
+                bytes_after=codes.size * grid.kind.bits // 8,
+                detail={"macs": planned.macs or 0},
+            )
+        )
+
+
+def weight_of(layer: Layer) -> np.ndarray[Any, Any]:
+    """Return the weight as the node sees it, in the type it computes in."""
+    array = layer.weight_graph.constant(layer.weight)
+    assert array is not None
+    half = layer.stored.used_type == 10
+    return layer.stored.forward(array).astype(np.float16 if half else np.float32, copy=False)
+
+
+def bias_of(layer: Layer) -> np.ndarray[Any, Any] | None:
+    """Return the constant that a layer, or the Add behind a MatMul, adds to each output channel."""
+    name = layer.bias
+    if not name:
+        added = added_bias(layer)
+        name = added[0].input[added[1]] if added else None
+    values = layer.graph.constant(name) if name else None
+    return None if values is None else values.reshape(-1)
+
+
+def values_of(model: Graph, layers: Collection[StaticLayer], scheme: Scheme) -> list[tuple[Graph, str]]:
+    """Return every value that quantizing these layers, or any of them, needs the range of."""
+    found: dict[tuple[int, str], tuple[Graph, str]] = {}
+    for part in model.walk():
+        here = [planned.layer for planned in layers if planned.layer.graph is part]
+        if here:
+            placed = place(part, here, scheme.profile.operators, by_codes=scheme.by_codes)
+            for value in placed.roots:
+                scope = part.scope_of(value) or part
+                found[id(scope), value] = scope, value
+    return list(found.values())

@@ -1,0 +1,37 @@
+"""What has to be done to a model before it is quantized: exact simplification and the opset."""
+
+from __future__ import annotations
+
+from onnxslim_lab.base import Context, Outcome
+from onnxslim_lab.graph import Graph
+from onnxslim_lab.opset import raise_opset
+from onnxslim_lab.quantization.gates import split_hard_swish
+
+
+def prepare(model: Graph, opset: int, context: Context, outcome: Outcome) -> None:
+    """Fuse what would stand between layers and their quantization, and raise the opset.
+
+    BatchNormalization and constant factors move into the weights, activations get their names, functions are
+    inlined: all of it exact (see `simplify`).
+
+    Args:
+        model: The main graph, edited.
+        opset: The least opset that the result may have.
+        context: Of the pass.
+        outcome: Receives one change for the simplification and one for the opset.
+
+    Raises:
+        ModelError: A node cannot be written in that opset.
+    """
+    from onnxslim_lab.passes.simplify import Simplify  # noqa: PLC0415 - passes import this package
+
+    edits = len(Simplify().run(model, Context(seed=context.seed, memory=context.memory)).changes)
+    if edits:
+        outcome.change(model.name or "model", f"simplified before quantization: {edits} exact edits")
+    before = model.opset()
+    if before < opset:
+        raise_opset(model, opset)
+        outcome.change(model.name or "model", f"opset raised from {before} to {opset}")
+    for graph in model.walk():
+        split_hard_swish(graph)
+    model.infer()

@@ -1,0 +1,148 @@
+"""Static quantization of a whole model, from choosing layers to writing them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from onnxslim_lab.base import Context, Outcome
+from onnxslim_lab.graph import Graph
+from onnxslim_lab.layers import Layer
+from onnxslim_lab.quantization import weight_jobs, weight_only
+from onnxslim_lab.quantization.float_layers import float_layers
+from onnxslim_lab.quantization.output_loss import Judge, choose_ranges, decibels
+from onnxslim_lab.quantization.plan import Plan, Scheme
+from onnxslim_lab.quantization.planning import (
+    fed_sizes,
+    least_opset,
+    make_plan,
+    plan_layers,
+    round_weights,
+    scheme_of,
+)
+from onnxslim_lab.quantization.prepare import prepare
+from onnxslim_lab.selection import Target, find_targets, matches
+
+if TYPE_CHECKING:
+    from onnxslim_lab.passes.quantize import Quantize
+
+
+def apply_static(model: Graph, step: Quantize, context: Context) -> Outcome:
+    """Quantize weights and activations of a model in place."""
+    outcome = Outcome()
+    scheme = scheme_of(step)
+    targets = weight_jobs.select(model, step, outcome)
+    if not targets:
+        return outcome
+    outcome = Outcome()
+    half = any(layer.stored.used_type == 10 for target in targets for layer in target.layers)
+    prepare(model, least_opset(scheme, half=half), context, outcome)
+    targets = select(model, step, outcome)
+    dims = (
+        {}
+        if context.calibration is None
+        else fed_sizes(model, next(iter(context.calibration.data.feeds), {}))
+    )
+    layers, others = plan_layers(model, targets, scheme, dims)
+    plan, unseen = make_plan(model, layers, scheme, context.calibration)
+    others += [(layer.layer, unseen[layer.name]) for layer in layers if layer.name in unseen]
+    rounding = "gptq" if step.rounding == "auto" else step.rounding
+    if rounding != "nearest" and context.calibration is not None:
+        round_weights(plan, context.calibration, rounding, context.progress)
+    left = _stay_float(plan, step, context, outcome)
+    outcome.merge(plan.write(model, without=left))
+    _weights_alone(model, others, step, scheme, context, outcome)
+    return outcome
+
+
+def _stay_float(plan: Plan, step: Quantize, context: Context, outcome: Outcome) -> list[str]:
+    """Return the layers that sensitivity leaves float; choose the ranges by the outputs when asked."""
+    if not plan.layers:
+        return []
+    judge = Judge(plan, context)
+    if step.ranges == "auto":
+        outcome.change(plan.model.name, choose_ranges(judge))
+    if not step.float_macs:
+        return []
+    restored, before, after = float_layers(judge, step.float_macs, context)
+    for one in restored:
+        for name in one.names:
+            share = one.macs / max(plan.macs, 1)
+            outcome.refuse(
+                name,
+                f"stays float: quantized alone it causes {one.caused:.1%} of the output error that all cause together, "
+                f"with {share:.2%} of the multiply-accumulates",
+            )
+    if restored:
+        names = [name for one in restored for name in one.names]
+        share = sum(one.macs for one in restored) / max(plan.macs, 1)
+        outcome.change(
+            plan.model.name,
+            f"{len(names)} layers with {share:.1%} of the multiply-accumulates stay float: the output error falls "
+            f"from {decibels(before):.1f} to {decibels(after):.1f} dB",
+        )
+        return names
+    outcome.refuse(plan.model.name, "no layer stays float: none saves a noticeable part of the output error")
+    return []
+
+
+def _weights_alone(
+    model: Graph,
+    others: list[tuple[Layer, str]],
+    step: Quantize,
+    scheme: Scheme,
+    context: Context,
+    outcome: Outcome,
+) -> None:
+    """Store the weights of layers quantized that cannot run on codes; their activations stay float."""
+    if not others:
+        return
+    names = {layer.name for layer, _ in others}
+    part = step.model_copy(
+        update={
+            "weights": scheme.weights.name,
+            "granularity": "channel",
+            "include": tuple(names),
+            "exclude": (),
+            "op_types": (),
+            "rounding": "nearest",
+            "symmetric": scheme.symmetric_weights,
+        }
+    )
+    found = weight_only.apply_weight_only(model, part, context)
+    outcome.changes += found.changes
+    outcome.refusals += [refusal for refusal in found.refusals if refusal.where in names]
+    for layer, reason in others:
+        outcome.refuse(layer.name, f"its activations stay float: {reason}")
+
+
+def select(model: Graph, step: Quantize, outcome: Outcome) -> list[Target]:
+    """Return the weights that a step selects in the prepared model, where some names may be gone.
+
+    Patterns were checked against the model as it came: one that now matches nothing named what
+    simplification removed.
+    """
+    known = _names(model)
+    include, exclude = (
+        tuple(pattern for pattern in patterns if matches(pattern, known))
+        for patterns in (step.include, step.exclude)
+    )
+    if step.include and not include:
+        outcome.refuse(model.name, "simplification removed all that the include patterns match")
+        return []
+    targets = find_targets(model, outcome, step=step.pass_name(), include=include, exclude=exclude)
+    chosen = []
+    for target in targets:
+        other = next((layer for layer in target.layers if layer.op_type not in step.op_types), None)
+        if other is None or not step.op_types:
+            chosen.append(target)
+        else:
+            outcome.refuse(target.where, f"{other.op_type} is not among op_types")
+    return chosen
+
+
+def _names(model: Graph) -> set[str]:
+    """Return every name that a pattern can match."""
+    outcome = Outcome()
+    found = find_targets(model, outcome, step="quantize")
+    names = {refusal.where for refusal in outcome.refusals}
+    return names.union(*({layer.name, layer.node.name, layer.weight} for t in found for layer in t.layers))

@@ -1,0 +1,1 @@
+"""Facts about the runtimes that quantized models are made for: data, no code."""
