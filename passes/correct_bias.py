@@ -1,0 +1,246 @@
+"""correct-bias: after a lossy step, each layer's bias moves the mean of its output back to where it was."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from onnxslim_lab.base import Change, Context, Outcome, Pass, Progress
+from onnxslim_lab.data import Dataset
+from onnxslim_lab.equalization.biases import BiasSlot, add_to_bias, channels_of, find_slots
+from onnxslim_lab.errors import ParameterError
+from onnxslim_lab.graph import Graph
+from onnxslim_lab.metrics import compare_outputs
+from onnxslim_lab.statistics import Calibration, Channels, Statistics, Want
+from onnxslim_lab.statistics.collected import Place, place
+from onnxslim_lab.worker.messages import Value
+
+Key = tuple[Place, str]
+Deltas = dict[Key, NDArray[np.float64]]
+
+
+class CorrectBias(Pass):
+    """Shift biases so that every layer's mean output by channel is the original's.
+
+    The original is the model before its first lossy step: exact steps may have scaled values (equalize).
+
+    before: y = Q(W) x + b        after: y = Q(W) x + b + E[W x + b] - E[Q(W) x + b]
+
+    The means are taken over the calibration data (Nagel et al. 2019, section 4.2, measured instead of derived).
+    Layers are Conv, ConvTranspose, Gemm, MatMul with a constant weight, float or behind DequantizeLinear;
+    biases are float constants or int32 codes behind DequantizeLinear, and are made where there is none. A shift
+    counts as far as it is the same on both halves of the data. The layers are corrected in parts, first layers
+    first, since each correction moves the means behind it; a part is kept when it lowers the error of the model's
+    outputs on feeds that the means were not taken from (every fourth; where there is one feed only, on that).
+
+    refuses: layers whose output the original does not have under the same name with as many channels;
+    biases that are computed or stored in other types; everything, when the outputs do not get
+    better.
+
+    >>> CorrectBias(parts=2).parts
+    2
+    """
+
+    exact: ClassVar[bool] = False
+    level: ClassVar[Literal["graph", "model"]] = "model"
+
+    parts: int = Field(
+        16,
+        ge=1,
+        le=1000,
+        description="in how many parts the layers are corrected and judged, one after another",
+    )
+
+    @property
+    def needs_calibration(self) -> bool:
+        """It measures means."""
+        return True
+
+    def apply(self, graph: Graph, context: Context) -> Outcome:
+        """Correct the biases of the whole model in place."""
+        outcome = Outcome()
+        graph.infer()
+        slots = _all_slots(graph, outcome)
+        if not slots:
+            return outcome
+        original = context.original
+        if context.calibration is None or original is None:
+            raise ParameterError("correct-bias needs calibration data and the original model")
+        original.infer()
+        search = _Search(graph, original, context.calibration, outcome)
+        search.prepare(slots)
+        if search.wanted:
+            search.run(self.parts, context.progress)
+        search.finish()
+        return outcome
+
+
+def _all_slots(model: Graph, outcome: Outcome | None = None) -> dict[Key, BiasSlot]:
+    """Return the bias slots of all graphs of a model by place and layer."""
+    found: dict[Key, BiasSlot] = {}
+    for graph in model.walk():
+        slots, refused = find_slots(graph)
+        found |= {slot.key: slot for slot in slots}
+        for where, reason in refused if outcome is not None else ():
+            assert outcome is not None
+            outcome.refuse(where, reason)
+    return found
+
+
+@dataclass
+class _Search:
+    """The search for corrections that lower the output error."""
+
+    model: Graph
+    original: Graph
+    calibration: Calibration
+    outcome: Outcome
+
+    def __post_init__(self) -> None:
+        self.wanted: dict[Key, list[Channels]] = {}  # the original's statistics on each half
+        self.total: Deltas = {}
+        self.before = self.best = 0.0
+        self._reference: list[dict[str, Value]] = []
+        feeds = self.calibration.data.feeds
+        every = 4 if len(feeds) >= 8 else 3
+        judged = feeds[every - 1 :: every] or feeds
+        fitted = [feed for number, feed in enumerate(feeds) if number % every < every - 1] or feeds
+        self._judge = self._with(judged)
+        self._halves = [self._with(part) for part in (fitted[::2], fitted[1::2]) if part]
+
+    def _with(self, feeds: Sequence[dict[str, Value]]) -> Calibration:
+        """Return the calibration with some of its feeds."""
+        whole = self.calibration
+        data = Dataset(feeds, source=whole.data.source, random=whole.data.random)
+        return Calibration(whole.runner, data, memory=whole.memory, progress=whole.progress)
+
+    def prepare(self, slots: dict[Key, BiasSlot]) -> None:
+        """Find the original's means of every layer; refuse the layers that have none."""
+        originals = {place(graph): graph for graph in self.original.walk()}
+        wants, asked = [], {}
+        for key, slot in slots.items():
+            twin = originals.get(key[0])
+            shape = twin.shape_of(slot.value) if twin is not None and twin.defines(slot.value) else None
+            count = channels_of(slot)
+            if twin is None or shape is None:
+                self.outcome.refuse(slot.name, f"the original has no value {slot.value} to compare with")
+            elif count is None or len(shape) <= slot.axis or shape[slot.axis] != count:
+                self.outcome.refuse(slot.name, "the original's output has another number of channels")
+            else:
+                wants.append(Want(twin, slot.value, axis=slot.axis))
+                asked[key] = (twin, slot)
+        if not wants:
+            return
+        theirs = [half.collect(self.original, wants) for half in self._halves]
+        for key, (twin, slot) in asked.items():
+            found = [_channels(half, twin, slot.value) for half in theirs]
+            known = [channels for channels in found if channels is not None]
+            if len(known) < len(found):
+                self.outcome.refuse(slot.name, "its output was never computed on the data, or is not finite")
+            else:
+                self.wanted[key] = known
+
+    def run(self, parts: int, progress: Progress) -> None:
+        """Correct the layers part by part, in order; keep what makes the outputs better."""
+        self._reference = self._judge.outputs(self.original)
+        self.before = self.best = self._error(self.model)
+        current = self.model
+        order = [key for key in _all_slots(self.model) if key in self.wanted]
+        done = 0
+        for numbers in np.array_split(np.arange(len(order)), min(parts, len(order))):
+            step = self._deltas(current, [order[number] for number in numbers])
+            step = {key: delta for key, delta in step.items() if delta.any()}
+            for share in (1.0, 0.5):
+                trial = self.total | {key: share * delta for key, delta in step.items()}
+                changed = self._corrected(trial)
+                error = self._error(changed)
+                if error < self.best:
+                    self.total, self.best, current = trial, error, changed
+                    break
+            done += len(numbers)
+            progress(done, len(order), "correct-bias")
+
+    def finish(self) -> None:
+        """Write the corrections into the model, or say that there were none that helped."""
+        slots = _all_slots(self.model)
+        for key in (key for key in self.wanted if key not in self.total):
+            self.outcome.refuse(slots[key].name, "correcting it does not lower the error of the outputs")
+        for key, delta in self.total.items():
+            slot = slots[key]
+            reason = add_to_bias(slot, delta)
+            if reason:
+                self.outcome.refuse(slot.name, reason)
+                continue
+            detail: dict[str, float | int | str] = {
+                "largest shift": float(np.abs(delta).max()),
+                "output error before": self.before,
+                "output error after": self.best,
+            }
+            self.outcome.changes.append(Change(slot.name, "bias corrected", detail=detail))
+
+    def _deltas(self, model: Graph, keys: Sequence[Key]) -> Deltas:
+        """Return what each mean lacks, as far as both halves of the data agree on it."""
+        slots = {key: slot for key, slot in _all_slots(model).items() if key in keys}
+        halves = [self._measure(half, model, slots) for half in self._halves]
+        deltas: Deltas = {}
+        for key, slot in slots.items():
+            found = []
+            for want, half in zip(self.wanted[key], halves, strict=True):
+                have = _channels(half, slot.graph, slot.value)
+                if have is not None:
+                    found.append(np.asarray(want.mean - have.mean))
+            if len(found) == len(halves):
+                deltas[key] = agreed(found)
+        return deltas
+
+    @staticmethod
+    def _measure(data: Calibration, model: Graph, slots: dict[Key, BiasSlot]) -> Statistics:
+        wants = [Want(slot.graph, slot.value, axis=slot.axis) for slot in slots.values()]
+        return data.collect(model, wants)
+
+    def _corrected(self, deltas: Deltas) -> Graph:
+        """Return a copy of the model with these corrections."""
+        model = self.model.copy()
+        model.infer()
+        slots = _all_slots(model)
+        for key, delta in deltas.items():
+            add_to_bias(slots[key], delta)
+        model.infer()
+        return model
+
+    def _error(self, model: Graph) -> float:
+        """Return the noise over the signal of the model's real outputs, the mean over them."""
+        errors = compare_outputs(self._reference, self._judge.outputs(model))
+        if any(error.structure or error.nonfinite for error in errors):
+            return np.inf
+        real = [10 ** (-error.sqnr_db / 10) for error in errors if error.floating]
+        return float(np.mean(real)) if real else float(sum(error.mismatches for error in errors))
+
+
+def agreed(shifts: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """Return the mean of shifts measured on parts of the data, shrunk to what they have in common.
+
+    The factor is the product of both over the square of their mean: 1 where they agree, 0 where they are
+    unrelated noise, which would be added to the outputs on other data.
+
+    >>> agreed([np.array([1.0, 2.0]), np.array([1.0, 2.0])]), agreed([np.array([1.0, 0.0]), np.array([0.0, 1.0])])
+    (array([1., 2.]), array([0., 0.]))
+    """
+    mean = np.asarray(np.mean(shifts, axis=0))
+    power = float(mean @ mean)
+    if len(shifts) < 2 or power == 0:
+        return mean
+    return np.asarray(mean * min(1.0, max(0.0, float(shifts[0] @ shifts[1]) / power)))
+
+
+def _channels(statistics: Statistics, graph: Graph, value: str) -> Channels | None:
+    found: Any = statistics.get(graph, value)
+    if found is None or found.channels is None or found.nonfinite or found.empty:
+        return None
+    channels: Channels = found.channels
+    return channels
