@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, ValueInfoProto, helper
+from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, TypeProto, ValueInfoProto, helper
 
 from onnxslim_lab.errors import InternalError, quote
 from onnxslim_lab.graph_index import FunctionKey
@@ -19,9 +19,17 @@ from onnxslim_lab.weights import Array, from_array
 class GraphEdits(GraphValues):
     """Adds, removes and rewires nodes, constants and values."""
 
-    def set_constant(self, name: str, array: Array, data_type: int | None = None) -> None:
-        """Create or replace a constant of this graph; a function gets a Constant node."""
-        tensor = from_array(name, np.asarray(array), self.store, data_type)
+    def set_constant(self, name: str, array: Array | TensorProto, data_type: int | None = None) -> None:
+        """Create or replace a constant of this graph; a function gets a Constant node.
+
+        A TensorProto, which may be a stub of the store, is copied.
+        """
+        if isinstance(array, TensorProto):
+            tensor = TensorProto()
+            tensor.CopyFrom(array)
+            tensor.name = name
+        else:
+            tensor = from_array(name, np.asarray(array), self.store, data_type)
         node = self._producer.get(name)
         if node is not None and not is_op(node, "Constant"):
             raise InternalError(f"constant {quote(name)} would replace the output of a {node.op_type}")
@@ -284,6 +292,30 @@ class GraphEdits(GraphValues):
         del self._outputs[index]
         del self._proto.output[index]
         self._touch()
+
+    def set_output(self, index: int, value: str) -> None:
+        """Let another value be an output of a body."""
+        assert isinstance(self._proto, GraphProto)
+        assert self.parent is not None
+        self._outputs[index] = value
+        self._proto.output[index].name = value
+        self._touch()
+
+    def declare(self, value: str, data_type: int) -> None:
+        """Change the element type that this graph declares for a tensor: an input, output or inner value."""
+        if isinstance(self._proto, GraphProto):
+            listed = [*self._proto.input, *self._proto.output]
+            listed += [self._value_info[value]] if value in self._value_info else []
+            for info in listed:
+                if info.name == value and info.type.HasField("tensor_type"):
+                    info.type.tensor_type.elem_type = data_type
+        known = self._types.get(value)
+        if known is not None and known.HasField("tensor_type"):
+            changed = TypeProto()
+            changed.CopyFrom(known)
+            changed.tensor_type.elem_type = data_type
+            self._types[value] = changed
+        self._changed()
 
     def set_opset(self, domain: str, version: int) -> None:
         """Import an operator domain at a version, replacing what was imported."""

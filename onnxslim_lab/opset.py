@@ -1,62 +1,87 @@
-"""Raise the opset of a whole model, weights and interface untouched."""
+"""Raise the opset of a whole model, bodies and functions included; weights and interface untouched."""
 
 from __future__ import annotations
 
-from onnx import ModelProto, helper, version_converter
+from onnx import NodeProto, defs
 
-from onnxslim_lab.errors import ModelError
-from onnxslim_lab.graph import Graph
-from onnxslim_lab.weights import stub_location
+from onnxslim_lab.errors import ModelError, quote
+from onnxslim_lab.graph import Graph, domain_of
+from onnxslim_lab.opset_place import Place, StepError
+from onnxslim_lab.opset_steps import STEPS
 
 
 def raise_opset(graph: Graph, version: int) -> None:
     """Convert the model's standard operators to a newer opset, in place.
 
-    onnx's version converter sees the model without its large tensors, which it takes for inputs; only the
-    nodes it returns, and the small tensors it adds, come back. Everything else stays: weights, names, types
-    and order of inputs and outputs, metadata, other domains.
+    Node by node, the operators whose meaning changed between the two opsets are rewritten where they stand
+    (see `opset_steps`): in the main graph, in the bodies of If, Loop and Scan, and in local functions, each from
+    the opset it is written in. Everything else stays as it is: weights, names, types and order of inputs and
+    outputs, metadata, other domains. What was an attribute and has become an input is a Constant node.
 
     Args:
         graph: The main graph of the model.
-        version: The opset to raise to; an equal or newer model is left as it is.
+        version: The opset to raise to; a model or function of an equal or newer one is left as it is.
 
     Raises:
-        ModelError: the model has local functions or the converter fails; nothing was changed.
+        ModelError: a node cannot be written in that opset; it is named, and nothing was changed.
     """
-    if graph.opset() >= version:
+    tops = [graph, *graph.functions.values()]
+    if all(top.opset() >= version or not top.opset() for top in tops):
         return
-    if graph.functions:
-        raise ModelError("the version converter does not handle local functions: inline them first")
-    if any(inner is not graph for inner in graph.walk()):
-        raise ModelError("the version converter does not handle the bodies of control flow")
-    light = _without_large(graph.light_model())
+    newest = defs.onnx_opset_version()
+    if version > newest:
+        raise ModelError(f"opset {version} is not known to the installed onnx; the newest is {newest}")
+    _raise(graph.copy(), version)  # whatever cannot be converted fails here
+    _raise(graph, version)
+
+
+def _raise(root: Graph, version: int) -> None:
+    root.infer()
+    for top in [root, *root.functions.values()]:
+        before = top.opset()
+        if not 0 < before < version:
+            continue
+        for graph in _below(top):
+            _raise_graph(Place(graph, root, version), before)
+        top.set_opset("", version)
+
+
+def _below(top: Graph) -> list[Graph]:
+    """Return a graph and the bodies in it, without the model's functions."""
+    return [graph for graph in top.walk() if graph.root is top]
+
+
+def _raise_graph(place: Place, before: int) -> None:
+    version = place.target
+    for original in place.graph.nodes:
+        node = original
+        if domain_of(node.domain):
+            continue
+        op_type, name = node.op_type, node.name or next(iter(node.output), "")
+        try:
+            for opset in range(before + 1, version + 1):
+                step = STEPS.get((node.op_type, opset)) or STEPS.get(("*", opset))
+                if step is not None:
+                    node = step(place, node) or node
+            _check(node, version)
+        except StepError as error:
+            raise ModelError(
+                f"node {quote(name)} ({op_type}) cannot be raised from opset {before} to {version}: {error}"
+            ) from error
+
+
+def _check(node: NodeProto, version: int) -> None:
+    """Check a converted node against its operator's schema; what onnx does not know is another's."""
     try:
-        converted = version_converter.convert_version(light, version)
-    except Exception as error:  # the converter raises RuntimeError and others, by operator
-        raise ModelError(f"the version converter cannot raise it to {version}: {error}") from error
-    graph.remove(*graph.nodes)
-    graph.set_opset("", version)
-    known = set(graph.initializers)
-    for tensor in converted.graph.initializer:
-        if tensor.name not in known:
-            graph.adopt(helper.make_node("Constant", [], [tensor.name], value=tensor))
-    for node in converted.graph.node:
-        graph.adopt(node)
-
-
-def _without_large(model: ModelProto) -> ModelProto:
-    """Return the model with its detached tensors declared as inputs."""
-    listed = {value.name for value in model.graph.input}
-    small = []
-    for tensor in model.graph.initializer:
-        if not stub_location(tensor):
-            small.append(tensor)
-        elif tensor.name not in listed:
-            model.graph.input.append(
-                helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
-            )
-    kept = [tensor.SerializeToString() for tensor in small]
-    model.graph.ClearField("initializer")
-    for data in kept:
-        model.graph.initializer.add().ParseFromString(data)
-    return model
+        schema = defs.get_schema(node.op_type, version, "")
+    except defs.SchemaError:
+        return
+    if schema.deprecated:
+        raise StepError(f"{node.op_type} does not exist there any more")
+    for item in node.attribute:
+        if item.name not in schema.attributes and schema.name != "Constant":
+            raise StepError(f"it has no attribute {quote(item.name)} there")
+    if not schema.min_input <= len(node.input) <= schema.max_input:
+        raise StepError(f"it takes {schema.min_input} to {schema.max_input} inputs, not {len(node.input)}")
+    if not schema.min_output <= len(node.output) <= schema.max_output:
+        raise StepError(f"it has at most {schema.max_output} outputs, not {len(node.output)}")
