@@ -5,10 +5,13 @@ if __name__ != "onnxslim_lab.passes":
 
 from onnxslim_lab.base import Pass
 from onnxslim_lab.passes.cancel_transposes import CancelTransposes
+from onnxslim_lab.passes.convert_precision import ConvertPrecision
+from onnxslim_lab.passes.correct_bias import CorrectBias
 from onnxslim_lab.passes.deduplicate import Deduplicate
 from onnxslim_lab.passes.eliminate_dead import EliminateDead
 from onnxslim_lab.passes.eliminate_identity import EliminateIdentity
 from onnxslim_lab.passes.encode import Encode
+from onnxslim_lab.passes.equalize import Equalize
 from onnxslim_lab.passes.fold_constants import FoldConstants
 from onnxslim_lab.passes.fuse_activation import FuseActivation
 from onnxslim_lab.passes.fuse_batchnorm import FuseBatchnorm
@@ -17,6 +20,7 @@ from onnxslim_lab.passes.fuse_linear import FuseLinear
 from onnxslim_lab.passes.inline_constant_if import InlineConstantIf
 from onnxslim_lab.passes.inline_functions import InlineFunctions
 from onnxslim_lab.passes.prune import Prune
+from onnxslim_lab.passes.quantize import Quantize
 from onnxslim_lab.passes.share import Share
 from onnxslim_lab.passes.simplify import Simplify
 from onnxslim_lab.passes.simplify_shapes import SimplifyShapes
@@ -37,5 +41,9 @@ PASSES: tuple[type[Pass], ...] = (
     EliminateDead,
     Prune,
     Share,
+    ConvertPrecision,
+    Equalize,
+    Quantize,
+    CorrectBias,
     Encode,
 )

@@ -1,0 +1,105 @@
+"""Quantize weights, and activations where layers can run on codes."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from onnxslim_lab.base import Context, Outcome, Pass
+from onnxslim_lab.graph import Graph
+from onnxslim_lab.quantization.dynamic import apply_dynamic
+from onnxslim_lab.quantization.ranges import Method
+from onnxslim_lab.quantization.static import apply_static
+from onnxslim_lab.quantization.types import find_type
+from onnxslim_lab.quantization.weight_only import apply_weight_only
+from onnxslim_lab.selection import Patterns
+
+
+class Quantize(Pass):
+    """Store weights in few bits, and let layers compute on integers.
+
+    before: Conv(x, W, b) -> Relu
+    after:  x -> QuantizeLinear -> DequantizeLinear -> Conv(., DequantizeLinear(W), DequantizeLinear(b)) -> QuantizeLinear ->
+
+    `mode` "static" measures activations on calibration data and writes QuantizeLinear and
+    DequantizeLinear where the target fuses them with Conv, MatMul and Gemm and what lies between them;
+    weights of other layers are stored quantized and computed with in float. "weight-only" stores
+    weights in few bits and computes in float; "dynamic" measures activations while the model runs.
+
+    refuses: weights that are quantized already, not constant, or excluded; layers that the target cannot
+    run on codes; layers that calibration data never reaches.
+
+    >>> Quantize(exclude="head*").exclude
+    ('head*',)
+    """
+
+    exact: ClassVar[bool] = False
+    level: ClassVar[Literal["graph", "model"]] = "model"
+
+    mode: Literal["static", "dynamic", "weight-only"] = Field(
+        "static", description="what is quantized, and when"
+    )
+    weights: str = Field("auto", description="type of weights: int8, uint8, int4, ...; auto: the target's")
+    activations: str = Field("auto", description="type of activations; auto: the target's")
+    granularity: Literal["tensor", "channel", "block"] = Field(
+        "channel",
+        description="what has a scale of its own: a weight, its output channels, or blocks of inputs",
+    )
+    block: int = Field(32, ge=1, description="inputs to a block")
+    symmetric: bool = Field(
+        True, description="whether weights have their zero point in the middle of the codes"
+    )
+    ranges: Method = Field("auto", description="how ranges of activations are chosen")
+    percentile: float = Field(
+        99.99, gt=50, le=100, description="share of elements that ranges=percentile covers"
+    )
+    rounding: Literal["auto", "nearest", "gptq", "adaround", "codebook"] = Field(
+        "auto", description="how weights are rounded; auto: gptq when static, else nearest"
+    )
+    include: Patterns = Field((), description="glob patterns of node or weight names; empty means all layers")
+    exclude: Patterns = Field((), description="glob patterns of node or weight names that stay float")
+    op_types: Patterns = Field((), description="operators to quantize; empty means all")
+    float_macs: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="largest share of multiply-accumulates left in float, where that saves most",
+    )
+    target: str = Field(
+        "auto", description="profile of the runtime and machine; auto: onnxruntime on this CPU"
+    )
+    format: Literal["auto", "qdq", "qoperator", "microsoft"] = Field(
+        "auto", description="operators that are written"
+    )
+
+    @field_validator("weights", "activations")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name != "auto":
+            find_type(name)
+        return name
+
+    @model_validator(mode="after")
+    def _check_static(self) -> Self:
+        if self.mode == "static":
+            for field, value, known in (
+                ("granularity", self.granularity, ("tensor", "channel")),
+                ("rounding", self.rounding, ("auto", "nearest", "gptq", "adaround")),
+                ("format", self.format, ("auto", "qdq")),
+            ):
+                if value not in known:
+                    raise ValueError(f"mode static has no {field} {value}; choose {', '.join(known)}")
+        return self
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether it measures activations."""
+        return self.mode == "static" or self.rounding in ("gptq", "adaround")
+
+    def apply(self, graph: Graph, context: Context) -> Outcome:
+        """Quantize the model in place; see the class."""
+        if self.mode == "static":
+            return apply_static(graph, self, context)
+        step = self.model_copy(update={"rounding": "nearest"}) if self.rounding == "auto" else self
+        return (apply_dynamic if self.mode == "dynamic" else apply_weight_only)(graph, step, context)
