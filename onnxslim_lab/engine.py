@@ -33,7 +33,7 @@ from onnxslim_lab.report import (
     data_report,
 )
 from onnxslim_lab.sessions import Runner, SessionTooLarge
-from onnxslim_lab.statistics import Calibration, default_folder
+from onnxslim_lab.statistics import Calibration
 from onnxslim_lab.verify import Verifier
 
 DEFAULT_STEPS = ("simplify", "encode")
