@@ -11,7 +11,7 @@ from onnxslim_lab.profiles import PROFILES, cpu_flags, find_profile, profile_of_
 from onnxslim_lab.quantization.types import QUANT_TYPES
 
 
-@pytest.mark.parametrize("profile", PROFILES.values(), ids=str)
+@pytest.mark.parametrize("profile", PROFILES.values(), ids=list(PROFILES))
 def test_a_profile_agrees_with_itself(profile):
     assert PROFILES[profile.name] is profile
     assert profile.format in profile.formats
@@ -47,12 +47,12 @@ def test_a_typo_gets_a_suggestion():
 @pytest.mark.parametrize(
     ("machine", "flags", "name", "why"),
     [
-        ("x86_64", {"avx2", "avx512_vnni"}, "onnxruntime-x86-vnni", "avx512_vnni"),
-        ("AMD64", {"avx_vnni"}, "onnxruntime-x86-vnni", "avx_vnni"),
-        ("x86_64", {"avx2", "avx512f"}, "onnxruntime-x86", "saturate"),
+        ("x86_64", ["avx2", "avx512_vnni"], "onnxruntime-x86-vnni", "avx512_vnni"),
+        ("AMD64", ["avx_vnni"], "onnxruntime-x86-vnni", "avx_vnni"),
+        ("x86_64", ["avx2", "avx512f"], "onnxruntime-x86", "saturate"),
         ("x86_64", None, "onnxruntime-x86", "could not be read"),
         ("aarch64", None, "onnxruntime-arm", "aarch64"),
-        ("arm64", {"asimddp"}, "onnxruntime-arm", "arm64"),
+        ("arm64", ["asimddp"], "onnxruntime-arm", "arm64"),
         ("riscv64", None, "onnxruntime-x86", "no profile"),
     ],
 )
