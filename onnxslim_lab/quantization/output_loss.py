@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ Array = NDArray[Any]
 CANDIDATES: tuple[Method, ...] = ("minmax", "mse", "percentile")
 """Ways to choose ranges that "auto" tries on the whole model."""
 
+_RUNS = 6  # the first of which load
+_SLOWER = 1.05  # what is less is noise
 _FLOOR = 1e-12  # of a slice's energy, relative to its output's
 
 
@@ -48,6 +51,32 @@ class Judge:
             return output_loss(self._reference, self._runner.run(graph, self._feeds))
         except SessionError:
             return float("inf")
+
+
+def slower(context: Context, original: Graph, result: Graph) -> str:
+    """Return how much slower than the original a result runs on this machine, "" when it does not.
+
+    The least of several runs in turn on the first feed of the calibration data.
+    """
+    assert context.calibration is not None
+    runner = context.calibration.runner
+    feeds = [feed for feed, _ in zip(context.calibration.data.feeds, range(1), strict=False)]
+    times: list[list[float]] = [[], []]
+    try:
+        for _ in range(_RUNS):
+            for graph, taken in zip((original, result), times, strict=True):
+                start = time.perf_counter()
+                runner.run(graph, feeds)
+                taken.append(time.perf_counter() - start)
+    except SessionError:
+        return ""
+    before, after = (min(taken) for taken in times)
+    if after <= before * _SLOWER:
+        return ""
+    return (
+        f"slower than float on this machine: {1000 * after:.2f} ms after {1000 * before:.2f} ms; layers with few "
+        "channels gain less from integer products than quantization costs (bench shows which operators)"
+    )
 
 
 def choose_ranges(judge: Judge) -> str:
@@ -78,7 +107,7 @@ def output_loss(reference: Sequence[dict[str, Value]], found: Sequence[dict[str,
     so that small ones count beside large ones: the scores of a detector beside its boxes. Classes and other
     integers do not count.
 
-    >>> float(output_loss([{"y": np.float32([3, 4])}], [{"y": np.float32([3, 3])}]))
+    >>> round(output_loss([{"y": np.float32([3, 4])}], [{"y": np.float32([3, 3])}]), 6)
     0.04
     """
     losses = []

@@ -251,8 +251,9 @@ class Plan:
             stored[key] = name, writer.parameters(grid, owner=owner, brief=brief)
         name, parameters = stored[key]
         writer.write_weight(layer, name, parameters, grid.axis)
+        folds = self.scheme.profile.name.startswith("onnxruntime")
         if layer.stored.used_type != 10:
-            writer.write_bias(layer, grid, self.shifts.get(planned.name))
+            writer.write_bias(layer, grid, self.shifts.get(planned.name), parameters[0] if folds else "")
         outcome.changes.append(
             Change(
                 planned.name,

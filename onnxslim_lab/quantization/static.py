@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from onnxslim_lab.base import Context, Outcome
+from onnxslim_lab.errors import ParameterError
 from onnxslim_lab.graph import Graph
 from onnxslim_lab.layers import Layer
 from onnxslim_lab.quantization import weight_jobs, weight_only
 from onnxslim_lab.quantization.float_layers import float_layers
-from onnxslim_lab.quantization.output_loss import Judge, choose_ranges, decibels
+from onnxslim_lab.quantization.output_loss import Judge, choose_ranges, decibels, slower
 from onnxslim_lab.quantization.plan import Plan, Scheme
 from onnxslim_lab.quantization.planning import (
     fed_sizes,
@@ -27,30 +28,45 @@ if TYPE_CHECKING:
 
 
 def apply_static(model: Graph, step: Quantize, context: Context) -> Outcome:
-    """Quantize weights and activations of a model in place."""
+    """Quantize weights and activations of a model in place.
+
+    Args:
+        model: The main graph; bodies and functions are walked.
+        step: The quantize pass.
+        context: Its calibration measures activations and judges the outputs.
+
+    Raises:
+        ParameterError: There is no calibration data, or a pattern matches nothing.
+        ModelError: The model cannot be raised to the opset that the types need; nothing was quantized.
+    """
     outcome = Outcome()
     scheme = scheme_of(step)
     targets = weight_jobs.select(model, step, outcome)
     if not targets:
         return outcome
+    if context.calibration is None:
+        raise ParameterError("quantize needs calibration data to choose the ranges of activations by")
     outcome = Outcome()
     half = any(layer.stored.used_type == 10 for target in targets for layer in target.layers)
     prepare(model, least_opset(scheme, half=half), context, outcome)
     targets = select(model, step, outcome)
-    dims = (
-        {}
-        if context.calibration is None
-        else fed_sizes(model, next(iter(context.calibration.data.feeds), {}))
-    )
+    dims = fed_sizes(model, next(iter(context.calibration.data.feeds), {}))
     layers, others = plan_layers(model, targets, scheme, dims)
     plan, unseen = make_plan(model, layers, scheme, context.calibration)
     others += [(layer.layer, unseen[layer.name]) for layer in layers if layer.name in unseen]
     rounding = "gptq" if step.rounding == "auto" else step.rounding
-    if rounding != "nearest" and context.calibration is not None:
+    if step.ranges == "auto":
+        plan.use_ranges("minmax")  # until the outputs decide
+    if rounding != "nearest":
         round_weights(plan, context.calibration, rounding, context.progress)
     left = _stay_float(plan, step, context, outcome)
+    original = model.copy()
     outcome.merge(plan.write(model, without=left))
     _weights_alone(model, others, step, scheme, context, outcome)
+    if plan.layers and scheme.profile.name.startswith("onnxruntime-"):
+        notice = slower(context, original, model)
+        if notice:
+            outcome.refuse(model.name or "model", notice)
     return outcome
 
 

@@ -20,7 +20,8 @@ from onnxslim_lab.quantization.types import QUANT_TYPES
 from onnxslim_lab.rewriting.removal import release
 
 _BIAS = QUANT_TYPES["int32"]
-_BIAS_LIMIT = 2.0**31 - 128  # the greatest float32 below 2**31
+_WORTH = 24  # scales that take more bytes than the node that computes them
+_BIAS_LIMIT = 2.0**27  # leaves room in int32 for narrower input ranges chosen later, and for corrections
 
 
 @dataclass
@@ -187,13 +188,15 @@ class GraphWriter:
         self.graph.set_input(layer.node, layer.slot, made)
         release(self.graph, [read])
 
-    def write_bias(self, layer: Layer, grid: Grid, shift: Array | None = None) -> None:
+    def write_bias(self, layer: Layer, grid: Grid, shift: Array | None = None, folded: str = "") -> None:
         """Quantize the bias of a layer, the Add behind a MatMul included, to the grid of its sums.
 
         Args:
             layer: The layer.
             grid: Of its weight.
             shift: To be added to the bias, one for each output channel.
+            folded: Name of the weight's scales, for targets that fold constants before they look for patterns:
+                the bias's scales are then a product of two constants instead of being stored.
         """
         node, index = layer.node, 2
         if not layer.bias:
@@ -211,7 +214,11 @@ class GraphWriter:
         codes = quantize(vector, Grid(_BIAS, scale, np.zeros(size, np.int32), 0))
         stored = self.graph.fresh_name("b")
         self.graph.set_constant(stored, codes)
-        inputs = [stored, self.store(np.ascontiguousarray(scale))]
+        if folded and grid.scale.shape == (size,) and size >= _WORTH:
+            factors = [folded, self.store(self.grid(layer.node.input[0]).scale)]
+            inputs = [stored, self.graph.emit("Mul", factors, name="m").output[0]]
+        else:
+            inputs = [stored, self.store(np.ascontiguousarray(scale))]
         made = self.graph.emit("DequantizeLinear", inputs, name="dq", axis=0).output[0]
         self.graph.set_input(node, index, made)
         release(self.graph, [name])
