@@ -3,7 +3,8 @@
     python benchmarks/simplify.py --peers PYTHON --json simplify.json
     python benchmarks/storage.py --models lenet300,lenet5 --sparsity 0.6 --json storage.json
     python benchmarks/runtime.py --json runtime.json
-    python benchmarks/readme.py [--simplify simplify.json] [--storage storage.json ...] [--runtime runtime.json]
+    python benchmarks/oneshot.py --json oneshot.json
+    python benchmarks/readme.py [--simplify simplify.json] [--storage storage.json ...] [--runtime runtime.json] [--oneshot oneshot.json]
 
 Each table stands between two comments, `<!-- table: NAME -->` and `<!-- end -->`; tables whose figures are
 not given stay as they are.
@@ -118,6 +119,18 @@ def runtime_table(document: dict[str, dict[str, dict[str, Any]]]) -> str:
     )
 
 
+def oneshot_table(rows: list[dict[str, Any]]) -> str:
+    """Return file, ratio and test error of models compressed without retraining."""
+    lines = ["| model | passes | kB | smaller | test error |", "|---|---|---|---|---|"]
+    for row in rows:
+        ratio = row["bytes_before"] / row["bytes_after"]
+        error = f"{row['error_before']:.2f} -> {row['error_after']:.2f} %"
+        lines.append(
+            f"| {row['model']} | `{row['passes']}` | {row['bytes_after'] / 1000:,.1f} | {ratio:.1f}x | {error} |"
+        )
+    return "\n".join(lines)
+
+
 def _milliseconds(result: dict[str, Any] | None) -> str:
     return "" if result is None else "fails" if result["error"] else f"{1e3 * result['seconds']:,.1f}"
 
@@ -136,6 +149,7 @@ def main() -> None:
     parser.add_argument("--simplify", type=Path, metavar="FILE")
     parser.add_argument("--storage", type=Path, metavar="FILE", nargs="*", default=[])
     parser.add_argument("--runtime", type=Path, metavar="FILE")
+    parser.add_argument("--oneshot", type=Path, metavar="FILE")
     options = parser.parse_args()
     text = replace(README.read_text(encoding="utf-8"), "passes", describe.markdown(list(PASSES)))
     if options.simplify:
@@ -147,6 +161,10 @@ def main() -> None:
     if options.runtime:
         text = replace(
             text, "runtime", runtime_table(json.loads(options.runtime.read_text(encoding="utf-8")))
+        )
+    if options.oneshot:
+        text = replace(
+            text, "oneshot", oneshot_table(json.loads(options.oneshot.read_text(encoding="utf-8")))
         )
     README.write_text(text, encoding="utf-8")
 
