@@ -13,12 +13,11 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from zoo_feeds import feeds as zoo_feeds
 
@@ -72,7 +71,7 @@ def seconds(work: Callable[[Runner], object], threads: int) -> float:
 def compare(name: str, count: int, rounds: int, threads: int) -> None:
     """Print the wall time of ranges against a plain run."""
     graph = Graph.load(cache() / f"{name}.onnx")
-    feeds = (zoo_feeds(name, min(count, 16)) * (count // 16 + 1))[:count]
+    feeds: list[dict[str, Any]] = [*(zoo_feeds(name, min(count, 16)) * (count // 16 + 1))[:count]]
     data = Dataset(feeds)
     values = quantized_values(graph)
 
@@ -186,4 +185,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -20,6 +20,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import zoo
 
@@ -63,7 +64,7 @@ class Result:
 def ours(name: str, runner: Runner, target: Path) -> Result:
     """Convert a model with this package."""
     graph = Graph.load(zoo.path(name))
-    data = Dataset(zoo.feeds(name, 1, 0), None, "zoo", False)
+    data = Dataset([{**feed} for feed in zoo.feeds(name, 1, 0)], None, "zoo", False)
     start = time.perf_counter()
     outcome = ConvertPrecision().run(graph, Context(calibration=Calibration(runner, data)))
     seconds = time.perf_counter() - start
@@ -96,7 +97,7 @@ def peer(tool: str, name: str, python: str, target: Path) -> Result:
 def judge(result: Result, name: str, runner: Runner, target: Path, *, exact: bool) -> None:
     """Run the result and compare it with the original."""
     original = Graph.load(zoo.path(name))
-    feeds = zoo.feeds(name, 1, 1)
+    feeds: list[dict[str, Any]] = [{**feed} for feed in zoo.feeds(name, 1, 1)]
     reference = runner.run(original, feeds)
     result.ratio = target.stat().st_size / zoo.path(name).stat().st_size
     try:
