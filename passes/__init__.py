@@ -12,6 +12,7 @@ from onnxslim_lab.passes.eliminate_dead import EliminateDead
 from onnxslim_lab.passes.eliminate_identity import EliminateIdentity
 from onnxslim_lab.passes.encode import Encode
 from onnxslim_lab.passes.equalize import Equalize
+from onnxslim_lab.passes.factorize import Factorize
 from onnxslim_lab.passes.fold_constants import FoldConstants
 from onnxslim_lab.passes.fuse_activation import FuseActivation
 from onnxslim_lab.passes.fuse_batchnorm import FuseBatchnorm
@@ -20,6 +21,7 @@ from onnxslim_lab.passes.fuse_linear import FuseLinear
 from onnxslim_lab.passes.inline_constant_if import InlineConstantIf
 from onnxslim_lab.passes.inline_functions import InlineFunctions
 from onnxslim_lab.passes.prune import Prune
+from onnxslim_lab.passes.prune_channels import PruneChannels
 from onnxslim_lab.passes.quantize import Quantize
 from onnxslim_lab.passes.share import Share
 from onnxslim_lab.passes.simplify import Simplify
@@ -40,6 +42,8 @@ PASSES: tuple[type[Pass], ...] = (
     Deduplicate,
     EliminateDead,
     Prune,
+    PruneChannels,
+    Factorize,
     Share,
     ConvertPrecision,
     Equalize,

@@ -44,7 +44,7 @@ def test_readme_names_every_command():
     from onnxslim_lab.cli import app
 
     for command in app.registered_commands:
-        assert f"`{command.callback.__name__}" in README
+        assert f"`{command.callback.__name__.replace('_', '-')}" in README
 
 
 def test_nothing_large_is_committed():

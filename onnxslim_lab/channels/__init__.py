@@ -1,0 +1,1 @@
+"""Structured pruning: which slices of which tensors go together, which of them matter least, and their removal."""

@@ -1,0 +1,243 @@
+"""prune-channels: budgets, criteria, refit, and models whose sizes and attributes follow."""
+
+import doctest
+
+import numpy as np
+import onnx
+import pytest
+from channel_graphs import HEADER, made
+from passes_helper import random_feed, runner
+from pydantic import ValidationError
+
+from onnxslim_lab.base import Context
+from onnxslim_lab.channels.allocation import Allocation
+from onnxslim_lab.channels.cutting import Kept
+from onnxslim_lab.channels.groups import find_groups
+from onnxslim_lab.channels.refit import Sums, solved
+from onnxslim_lab.channels.scores import by_loss, by_magnitude, ranked
+from onnxslim_lab.data import Dataset
+from onnxslim_lab.errors import ParameterError
+from onnxslim_lab.graph import Graph
+from onnxslim_lab.macs import model_macs
+from onnxslim_lab.passes import prune_channels
+from onnxslim_lab.passes.prune_channels import PruneChannels
+from onnxslim_lab.statistics import Calibration, Gram
+
+NET = """g (float[4,3,8,8] x, float[16,3,3,3] w1, float[16] w2, float[24,16,3,3] w3, float[24] w4,
+           float[24,24,1,1] w5, float[24] w6, float[24,10] w7, float[10] w8) => (float[4,10] y) {
+  a = Conv <pads=[1,1,1,1]>(x, w1, w2) b = Relu(a) c = Conv <pads=[1,1,1,1]>(b, w3, w4) d = Relu(c)
+  e = Conv(d, w5, w6) f = Relu(e) r = Add(d, f) p = GlobalAveragePool(r) q = Flatten(p) y = Gemm(q, w7, w8) }"""
+
+
+def context(model, count=12):
+    feeds = [random_feed(model, seed, {}) for seed in range(count)]
+    return Context(calibration=Calibration(runner(), Dataset(feeds)))
+
+
+def outputs(model, seeds=range(50, 56)):
+    feeds = [random_feed(model, seed, {}) for seed in seeds]
+    return np.concatenate(
+        [np.asarray(run["y"], np.float64).reshape(-1) for run in runner().run(model, feeds)]
+    )
+
+
+def error(model, result):
+    wanted = outputs(model)
+    return np.linalg.norm(outputs(result) - wanted) / np.linalg.norm(wanted - wanted.mean())
+
+
+def test_doctests():
+    assert not doctest.testmod(prune_channels).failed
+
+
+@pytest.mark.parametrize("criterion", ["l1", "l2", "activation", "obs"])
+def test_the_budget_is_met(criterion):
+    model = made(NET)
+    result = model.copy()
+    outcome = PruneChannels(macs=0.4, criterion=criterion, multiple=2).run(result, context(model))
+    onnx.checker.check_model(result.to_model(), full_check=True)
+    left = model_macs(result).total / model_macs(model).total
+    assert 0.5 < left <= 0.6
+    assert outcome.changes[0].detail["multiply-accumulates left"] == pytest.approx(left, abs=1e-4)
+    for name in ("w1", "w3"):
+        assert result.constant_type(name)[1][0] % 2 == 0
+
+
+def test_refit_and_obs_pay():
+    model = made(NET)
+    found = {}
+    for criterion, refit in (("l2", "none"), ("l2", "network"), ("obs", "network")):
+        result = model.copy()
+        PruneChannels(macs=0.4, criterion=criterion, refit=refit, multiple=1).run(result, context(model, 40))
+        found[criterion, refit] = error(model, result)
+    assert found["l2", "network"] < 0.7 * found["l2", "none"]
+    assert found["obs", "network"] < 1.1 * found["l2", "network"]
+
+
+def test_copies_cost_nothing():
+    """Channels that are there twice: obs removes one of each pair and refit restores the outputs."""
+    model = made(NET)
+    for name in ("w1", "w2"):
+        array = np.array(model.constant(name))
+        array[8:] = array[:8]
+        model.set_constant(name, array)
+    result = model.copy()
+    PruneChannels(macs=0.3, criterion="obs", multiple=1, least=0.5, damping=1e-8, include="w1").run(
+        result, context(model)
+    )
+    assert result.constant_type("w1")[1][0] < 16
+    assert error(model, result) < 1e-2
+
+
+def test_dead_channels_go_first_by_activation_and_by_threshold():
+    model = made(NET)
+    weight, bias = np.array(model.constant("w3")), np.array(model.constant("w4"))
+    weight[5:9], bias[5:9] = 0, -1
+    for name, array in (("w3", weight), ("w4", bias)):
+        model.set_constant(name, array)
+    five, six = np.array(model.constant("w5")), np.array(model.constant("w6"))
+    five[5:9], six[5:9] = 0, -1
+    model.set_constant("w5", five)
+    model.set_constant("w6", six)
+    result = model.copy()
+    PruneChannels(criterion="activation", threshold=1e-6, refit="none", multiple=4).run(
+        result, context(model)
+    )
+    assert result.constant_type("w3")[1] == (20, 16, 3, 3)
+    assert error(model, result) < 1e-5
+
+
+def test_patterns_and_data():
+    model = made(NET)
+    with pytest.raises(ParameterError, match="matches no layer"):
+        PruneChannels(criterion="l2", exclude="conv9").run(model.copy())
+    with pytest.raises(ParameterError, match="needs calibration data"):
+        PruneChannels().run(model.copy())
+    with pytest.raises(ValidationError, match="goes with criterion activation"):
+        PruneChannels(threshold=1.0)
+    result = model.copy()
+    outcome = PruneChannels(criterion="l2", multiple=1, exclude="w3").run(result)
+    assert not outcome.changes
+    assert any("excluded by pattern" in refusal.reason for refusal in outcome.refusals)
+    assert result.to_model() == model.to_model()
+
+
+def test_what_cannot_be_reached_is_said():
+    model = made(NET)
+    outcome = PruneChannels(macs=0.99, criterion="l2", multiple=1, least=0.5).run(model)
+    assert any(refusal.where == "model" for refusal in outcome.refusals)
+    assert all(model.constant_type(name)[1][0] >= size for name, size in (("w1", 8), ("w3", 12)))
+
+
+def test_weights_that_callers_give_stay():
+    text = (
+        HEADER
+        + """g (float[2,6] x, float[6,8] v1 , float[8,4] w2) => (float[2,4] y)
+      { h = MatMul(x, v1) t = Relu(h) y = MatMul(t, w2) }"""
+    )
+    groups, refusals = find_groups(made(text), widths=False)
+    assert not groups
+    assert any("output of the graph" in refusal.reason for refusal in refusals)
+
+
+def test_bfloat16_and_external_data(tmp_path):
+    text = NET.replace("float[", "bfloat16[")
+    proto = onnx.parser.parse_model(HEADER.replace("17", "22").replace("9", "10") + text)
+    random = np.random.default_rng(0)
+    for value in [value for value in proto.graph.input if value.name[0] == "w"]:
+        shape = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        values = random.standard_normal(shape).astype(np.float32)
+        proto.graph.initializer.append(
+            onnx.helper.make_tensor(value.name, onnx.TensorProto.BFLOAT16, shape, values.reshape(-1))
+        )
+        proto.graph.input.remove(value)
+    Graph.load(proto).save(tmp_path / "model.onnx", external=True)
+    model = Graph.load(tmp_path / "model.onnx")
+    outcome = PruneChannels(macs=0.3, criterion="l2", multiple=4).run(model)
+    assert outcome.changes
+    model.save(tmp_path / "small.onnx", external=True)
+    onnx.checker.check_model(str(tmp_path / "small.onnx"), full_check=True)
+    assert sum(file.stat().st_size for file in tmp_path.glob("small*")) < 0.9 * sum(
+        file.stat().st_size for file in tmp_path.glob("model*")
+    )
+
+
+def test_functions_without_shapes_are_refused():
+    text = """<ir_version: 9, opset_import: ["" : 17, "f" : 1]>
+      g (float[2,6] x) => (float[2,4] y) { y = f.net(x) }
+      <domain: "f", opset_import: ["" : 17]> net (x) => (y) {
+        a = Constant <value = float[6,2] {1,2,3,4,5,6,7,8,9,10,11,12}> ()
+        b = Constant <value = float[2,4] {1,2,3,4,5,6,7,8}> ()
+        h = MatMul(x, a) t = Relu(h) y = MatMul(t, b) }"""
+    model = Graph.load(onnx.parser.parse_model(text))
+    before = model.to_model()
+    outcome = PruneChannels(criterion="l2", multiple=1).run(model)
+    if outcome.changes:
+        onnx.checker.check_model(model.to_model(), full_check=True)
+    else:
+        assert outcome.refusals
+        assert model.to_model() == before
+
+
+def test_loss_of_one_channel_is_that_of_least_squares():
+    """The block loss equals what is left after solving for the other weights, for taps of several columns."""
+    model = made("""g (float[1,3,5,5] x, float[6,3,1,1] w1, float[5,6,2,2] w2) => (float[1,5,4,4] y)
+      { h = Conv(x, w1) t = Relu(h) y = Conv(t, w2) }""")
+    (group,), _ = find_groups(model, widths=False)
+    side = group.readers[0]
+    random = np.random.default_rng(0)
+    rows = random.standard_normal((500, 24)) @ random.standard_normal((24, 24))
+    gram = Gram((rows.T @ rows)[None], rows.sum(0)[None], 500)
+    matrix = side.layer.matrix[0].astype(np.float64)
+    centred = rows - rows.mean(0)
+    wanted = centred @ matrix.T
+    ranking = by_loss(group, lambda _: gram, least=0.5, damping=1e-12, memory=0)
+    for channel, loss in zip(ranking.order, ranking.losses, strict=True):
+        left = centred[:, side.members != channel]
+        rest = wanted - left @ np.linalg.lstsq(left, wanted, rcond=None)[0]
+        assert loss == pytest.approx((rest**2).sum() / (wanted**2).sum(), rel=1e-6)
+    together = by_loss(group, lambda _: gram, least=0.5, damping=1e-12, memory=1 << 30)
+    left = centred[:, ~np.isin(side.members, together.order)]
+    rest = wanted - left @ np.linalg.lstsq(left, wanted, rcond=None)[0]
+    assert together.losses.sum() == pytest.approx((rest**2).sum() / (wanted**2).sum(), rel=0.5)
+
+
+def test_solved_is_least_squares():
+    random = np.random.default_rng(0)
+    matrix, x = random.standard_normal((1, 3, 6)), random.standard_normal((1, 200, 6))
+    kept = Kept(
+        np.array([True]), np.array([True, False, True]), np.array([True, True, False, True, True, False])
+    )
+    sums = Sums(np.zeros((1, 5, 5)), np.zeros((1, 7, 5)))
+    x[..., 2] = x[..., 0] + 1
+    sums.add(x[..., kept.columns], x)
+    weights, shift = solved(matrix, kept, sums, damping=1e-12, shifts=True)
+    inputs = np.concatenate([x[0][:, kept.columns], np.ones((200, 1))], axis=1)
+    wanted = x[0] @ matrix[0][[0, 2]].T
+    best = np.linalg.lstsq(inputs, wanted, rcond=None)[0]
+    np.testing.assert_allclose(weights[0], best[:4].T, atol=1e-4)
+    np.testing.assert_allclose(shift[0], best[4], atol=1e-4)
+
+
+def test_allocation_counts_both_sides():
+    model = made(NET)
+    groups, _ = find_groups(model, widths=False)
+    counted = {layer.weight: count for layer, count in model_macs(model).layers}
+    macs = {id(layer): counted[layer.weight] for layer, _ in groups[0].part.layers}
+    allocation = Allocation(
+        groups, [ranked(np.ones(group.size)) for group in groups], macs, {}, multiple=1, least=0.25
+    )
+    assert allocation.macs == sum(counted.values())
+    allocation.fit([group.size // 2 for group in groups])
+    assert allocation.removed == [group.size // 2 for group in groups]
+    expected = counted["w1"] / 2 + counted["w3"] / 4 + counted["w5"] / 4 + counted["w7"] / 2
+    assert allocation.macs == pytest.approx(expected)
+
+
+def test_magnitudes_add_up():
+    (group, *_), _ = find_groups(made(NET), widths=False)
+    for criterion in ("l1", "l2"):
+        ranking = by_magnitude(group, criterion)
+        assert sorted(ranking.order) == list(range(group.size))
+        assert (np.diff(ranking.losses) >= 0).all()
+        assert ranking.losses.sum() == pytest.approx(len(group.layers))
