@@ -27,8 +27,13 @@ class Quantize(Pass):
     weights of other layers are stored quantized and computed with in float. "weight-only" stores
     weights in few bits and computes in float; "dynamic" measures activations while the model runs.
 
+    With mode static, `format` "qoperator" writes ONNX's operators on codes instead where there is one
+    (QLinearConv, QLinearMatMul, MatMulInteger, ConvInteger), "microsoft" com.microsoft's as well (QGemm,
+    MatMulIntegerToFloat, QLinearAdd, ...); the others keep QuantizeLinear and DequantizeLinear.
+
     refuses: weights that are quantized already, not constant, or excluded; layers that the target cannot
-    run on codes; layers that calibration data never reaches.
+    run on codes; layers that calibration data never reaches; with a format of operators on codes, layers
+    that have none: types of more than 8 bits, float16, weights with zero points that differ by channel.
 
     >>> Quantize(exclude="head*").exclude
     ('head*',)
@@ -70,7 +75,8 @@ class Quantize(Pass):
         "auto", description="profile of the runtime and machine; auto: onnxruntime on this CPU"
     )
     format: Literal["auto", "qdq", "qoperator", "microsoft"] = Field(
-        "auto", description="operators that are written"
+        "auto",
+        description="operators that are written; auto: the target's, QuantizeLinear and DequantizeLinear",
     )
 
     @field_validator("weights", "activations")
@@ -86,7 +92,6 @@ class Quantize(Pass):
             for field, value, known in (
                 ("granularity", self.granularity, ("tensor", "channel")),
                 ("rounding", self.rounding, ("auto", "nearest", "gptq", "adaround")),
-                ("format", self.format, ("auto", "qdq")),
             ):
                 if value not in known:
                     raise ValueError(f"mode static has no {field} {value}; choose {', '.join(known)}")

@@ -11,6 +11,7 @@ from onnxslim_lab.data import Dataset
 from onnxslim_lab.errors import ParameterError
 from onnxslim_lab.graph import Graph, attribute
 from onnxslim_lab.passes.quantize import Quantize
+from onnxslim_lab.quantization.output_loss import output_loss
 from onnxslim_lab.statistics import Calibration
 
 CONVS = """a = Conv<pads = [1,1,1,1]>(x, w, b) r = Relu(a) c = Conv(r, v, d) s = Add(c, x) t = Relu(s)
@@ -273,11 +274,32 @@ def test_sensitivity_leaves_the_worst_layer_float():
     graph.set_constant("v", bad)
     feeds = feeds_of((4, 16))
     result, outcome = quantized(graph, feeds, float_macs=0.4, rounding="nearest")
-    assert "v" in result.initializers
-    assert "w" not in result.initializers
+    assert {"v", "w"}.isdisjoint(result.initializers)
+    assert result.producer("v").op_type == "Reshape", "decoded at load"
+    assert TensorProto.INT16 in types_of(result).values(), "8 bits would be noticed"
+    products = [node for node in result.nodes if node.op_type == "MatMul"]
+    assert [result.producer(node.input[0]).op_type for node in products] == ["DequantizeLinear", "Tanh"]
     (left,) = [refusal for refusal in outcome.refusals if "stays float" in refusal.reason]
     assert "of the output error that all cause together" in left.reason
     assert sqnr(graph, result, feeds) > sqnr(graph, quantized(graph, feeds, rounding="nearest")[0], feeds)
+
+
+def test_weights_of_layers_left_float_are_stored_in_the_type_of_the_others():
+    graph = model_of(
+        "a = MatMul(x, w) t = Tanh(a) y = MatMul(t, v)",
+        {"w": (16, 256), "v": (256, 8)},
+        inputs="float[N,16] x",
+        outputs="float[N,8] y",
+    )
+    feeds = feeds_of((4, 16))
+    for feed in feeds:
+        feed["x"][0, 0] = 1000.0  # of activations: the weights are easy
+    result, outcome = quantized(graph, feeds, float_macs=0.7, rounding="nearest")
+    assert result.producer("w").op_type == "Reshape"
+    kinds = types_of(result)
+    sizes = {name: np.prod(result.constant_type(name)[1]) for name in kinds}
+    assert max(sizes[name] for name in kinds if kinds[name] == TensorProto.FLOAT) <= 256, "scales"
+    assert all(not change.weights for change in outcome.changes if "decoded" in change.what)
 
 
 def test_restoring_nothing_useful_leaves_nothing_float():
@@ -321,9 +343,7 @@ def test_a_quantized_model_is_left_alone():
     assert all("already quantized" in refusal.reason for refusal in outcome.refusals)
 
 
-@pytest.mark.parametrize(
-    "options", [{"granularity": "block"}, {"rounding": "codebook"}, {"format": "qoperator"}]
-)
+@pytest.mark.parametrize("options", [{"granularity": "block"}, {"rounding": "codebook"}])
 def test_what_static_quantization_does_not_do_is_an_error(options):
     with pytest.raises(ValueError, match="mode static has no"):
         Quantize(**options)
@@ -347,3 +367,11 @@ def test_scales_of_wide_biases_are_a_product_of_constants():
     other = graph.copy()
     Quantize(target="tensorrt").run(other, context_of(feeds))
     assert "Mul" not in {node.op_type for node in other.nodes}
+
+
+def test_the_loss_of_distributions_sees_improbable_classes():
+    want = [{"y": np.float32([[0.98, 0.01, 0.01]])}]
+    near, far = ([{"y": np.float32([[0.98, low, 0.02 - low]])}] for low in (0.009, 1e-5))
+    squares = [{name: value * 2 for name, value in one[0].items()} for one in (want, near, far)]
+    assert output_loss(want, far) > 50 * output_loss(want, near)
+    assert output_loss(squares[:1], squares[2:]) < 1e-3 < output_loss(want, far)

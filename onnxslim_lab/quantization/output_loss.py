@@ -24,6 +24,7 @@ CANDIDATES: tuple[Method, ...] = ("minmax", "mse", "percentile")
 
 _RUNS = 6  # the first of which load
 _SLOWER = 1.05  # what is less is noise
+_LEAST_PROBABILITY = 1e-9  # what is less is not told apart
 _FLOOR = 1e-12  # of a slice's energy, relative to its output's
 
 
@@ -47,6 +48,10 @@ class Judge:
         """Return the loss of quantizing some layers, as `Plan.write`; infinite when the model does not run."""
         graph: Graph = self.plan.model.copy()
         self.plan.write(graph, without=without, only=only)
+        return self.loss_of(graph)
+
+    def loss_of(self, graph: Graph) -> float:
+        """Return the loss of a model; infinite when it does not run."""
         try:
             return output_loss(self._reference, self._runner.run(graph, self._feeds))
         except SessionError:
@@ -104,8 +109,10 @@ def output_loss(reference: Sequence[dict[str, Value]], found: Sequence[dict[str,
     """Return the mean over outputs of the relative squared error, in [0, 1] for what is worth keeping.
 
     Outputs of three and more axes are compared slice by slice along axis 1 (channels, time steps, tokens),
-    so that small ones count beside large ones: the scores of a detector beside its boxes. Classes and other
-    integers do not count.
+    so that small ones count beside large ones: the scores of a detector beside its boxes. Of distributions
+    (which sum to 1 along the last axis) the logarithms count as well, by the divergence of Kullback and
+    Leibler: squares see nothing but the classes that are all but certain. Classes and other integers do not
+    count.
 
     >>> round(output_loss([{"y": np.float32([3, 4])}], [{"y": np.float32([3, 3])}]), 6)
     0.04
@@ -124,6 +131,9 @@ def output_loss(reference: Sequence[dict[str, Value]], found: Sequence[dict[str,
         errors = np.concatenate([pair[1] for pair in energy.values()])
         floor = _FLOOR * wanted.sum() + np.finfo(np.float64).tiny
         losses.append(float(np.mean(np.minimum(errors / (wanted + floor), 1e6))))
+        if all(_is_distribution(want[name]) for want in reference):
+            pairs = zip(reference, found, strict=True)
+            losses[-1] = (losses[-1] + float(np.mean([_divergence(a[name], b[name]) for a, b in pairs]))) / 2
     return float(np.mean(losses)) if losses else 0.0
 
 
@@ -137,3 +147,22 @@ def _errors(want: Value, have: Value) -> tuple[Array, Array]:
         (np.moveaxis(value, 1, 0) if value.ndim > 2 else value).reshape(rows, -1) for value in (first, second)
     )
     return np.sum(first**2, axis=1), np.sum((first - second) ** 2, axis=1)
+
+
+def _is_distribution(value: Value) -> bool:
+    """Whether the last axis of an output holds probabilities that sum to 1."""
+    if not isinstance(value, np.ndarray) or not value.ndim or value.shape[-1] < 2 or not value.size:
+        return False
+    return bool(value.min() >= 0 and np.allclose(value.sum(axis=-1, dtype=np.float64), 1, atol=1e-2))
+
+
+def _divergence(want: Value, have: Value) -> float:
+    """Return the mean over distributions of sum p log(p / q), in nats.
+
+    >>> round(_divergence(np.float32([[0.5, 0.5]]), np.float32([[0.25, 0.75]])), 4)
+    0.1438
+    """
+    first, second = (np.maximum(np.asarray(v, np.float64), _LEAST_PROBABILITY) for v in (want, have))
+    if first.shape != second.shape or not np.isfinite(second).all():
+        return 1.0
+    return max(0.0, float(np.mean(np.sum(first * np.log(first / second), axis=-1))))

@@ -8,10 +8,11 @@ from onnxslim_lab.base import Context, Outcome
 from onnxslim_lab.errors import ParameterError
 from onnxslim_lab.graph import Graph
 from onnxslim_lab.layers import Layer
-from onnxslim_lab.quantization import weight_jobs, weight_only
+from onnxslim_lab.quantization import weight_jobs
 from onnxslim_lab.quantization.float_layers import float_layers
+from onnxslim_lab.quantization.float_weights import store_float_layers, store_weights, stored
 from onnxslim_lab.quantization.output_loss import Judge, choose_ranges, decibels, slower
-from onnxslim_lab.quantization.plan import Plan, Scheme
+from onnxslim_lab.quantization.plan import Scheme
 from onnxslim_lab.quantization.planning import (
     fed_sizes,
     least_opset,
@@ -21,6 +22,7 @@ from onnxslim_lab.quantization.planning import (
     scheme_of,
 )
 from onnxslim_lab.quantization.prepare import prepare
+from onnxslim_lab.quantization.qoperator import format_of, write_operators
 from onnxslim_lab.selection import Target, find_targets, matches
 
 if TYPE_CHECKING:
@@ -36,11 +38,13 @@ def apply_static(model: Graph, step: Quantize, context: Context) -> Outcome:
         context: Its calibration measures activations and judges the outputs.
 
     Raises:
-        ParameterError: There is no calibration data, or a pattern matches nothing.
+        ParameterError: There is no calibration data, a pattern matches nothing, or the target does not run the
+            format.
         ModelError: The model cannot be raised to the opset that the types need; nothing was quantized.
     """
     outcome = Outcome()
     scheme = scheme_of(step)
+    written = format_of(step.format, scheme.profile)
     targets = weight_jobs.select(model, step, outcome)
     if not targets:
         return outcome
@@ -59,10 +63,16 @@ def apply_static(model: Graph, step: Quantize, context: Context) -> Outcome:
         plan.use_ranges("minmax")  # until the outputs decide
     if rounding != "nearest":
         round_weights(plan, context.calibration, rounding, context.progress)
-    left = _stay_float(plan, step, context, outcome)
+    judge = Judge(plan, context) if plan.layers else None
+    left = _stay_float(judge, step, context, outcome) if judge is not None else []
     original = model.copy()
     outcome.merge(plan.write(model, without=left))
+    if written != "qdq":
+        outcome.merge(write_operators(model, microsoft=written == "microsoft"))
     _weights_alone(model, others, step, scheme, context, outcome)
+    if judge is not None and left:
+        weights = stored(layer.layer for layer in plan.layers if layer.name in left)
+        outcome.merge(store_float_layers(model, weights, judge, step, scheme, context))
     if plan.layers and scheme.profile.name.startswith("onnxruntime-"):
         notice = slower(context, original, model)
         if notice:
@@ -70,11 +80,9 @@ def apply_static(model: Graph, step: Quantize, context: Context) -> Outcome:
     return outcome
 
 
-def _stay_float(plan: Plan, step: Quantize, context: Context, outcome: Outcome) -> list[str]:
+def _stay_float(judge: Judge, step: Quantize, context: Context, outcome: Outcome) -> list[str]:
     """Return the layers that sensitivity leaves float; choose the ranges by the outputs when asked."""
-    if not plan.layers:
-        return []
-    judge = Judge(plan, context)
+    plan = judge.plan
     if step.ranges == "auto":
         outcome.change(plan.model.name, choose_ranges(judge))
     if not step.float_macs:
@@ -83,9 +91,10 @@ def _stay_float(plan: Plan, step: Quantize, context: Context, outcome: Outcome) 
     for one in restored:
         for name in one.names:
             share = one.macs / max(plan.macs, 1)
+            part = f"{one.caused:.1%}" if one.caused < 1 else "all"
             outcome.refuse(
                 name,
-                f"stays float: quantized alone it causes {one.caused:.1%} of the output error that all cause together, "
+                f"stays float: quantized alone it causes {part} of the output error that all cause together, "
                 f"with {share:.2%} of the multiply-accumulates",
             )
     if restored:
@@ -112,21 +121,7 @@ def _weights_alone(
     """Store the weights of layers quantized that cannot run on codes; their activations stay float."""
     if not others:
         return
-    names = {layer.name for layer, _ in others}
-    part = step.model_copy(
-        update={
-            "weights": scheme.weights.name,
-            "granularity": "channel",
-            "include": tuple(names),
-            "exclude": (),
-            "op_types": (),
-            "rounding": "nearest",
-            "symmetric": scheme.symmetric_weights,
-        }
-    )
-    found = weight_only.apply_weight_only(model, part, context)
-    outcome.changes += found.changes
-    outcome.refusals += [refusal for refusal in found.refusals if refusal.where in names]
+    store_weights(model, stored(layer for layer, _ in others), step, scheme, context, outcome)
     for layer, reason in others:
         outcome.refuse(layer.name, f"its activations stay float: {reason}")
 

@@ -1,0 +1,115 @@
+"""The weights of layers that compute in float: stored in codes all the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from onnxslim_lab.base import Context, Outcome
+from onnxslim_lab.graph import Graph
+from onnxslim_lab.layers import Layer
+from onnxslim_lab.quantization import weight_jobs, weight_only, weight_rounding
+from onnxslim_lab.quantization.output_loss import Judge
+from onnxslim_lab.quantization.plan import Scheme
+from onnxslim_lab.quantization.types import QuantType, find_type
+from onnxslim_lab.selection import Target, find_targets
+from onnxslim_lab.statistics.collected import Place, place
+
+if TYPE_CHECKING:
+    from onnxslim_lab.passes.quantize import Quantize
+
+_NOTICEABLE = 1.25  # times the loss: 1 dB
+_FAINT = 1e-4  # a loss that is not noticed in any case: 40 dB
+_WIDER = "int16"
+
+Stored = tuple[Place, str]
+"""Where a weight is stored, equal in copies of the model."""
+
+
+def stored(layers: Iterable[Layer]) -> set[Stored]:
+    """Return where layers' weights are stored."""
+    return {(place(layer.weight_graph), layer.weight) for layer in layers}
+
+
+def store_weights(
+    model: Graph,
+    weights: set[Stored],
+    step: Quantize,
+    scheme: Scheme,
+    context: Context,
+    outcome: Outcome,
+    kind: QuantType | None = None,
+    *,
+    rounding: str = "nearest",
+    decode: bool = False,
+) -> None:
+    """Store weights in codes, a scale for each channel; what reads them computes in float.
+
+    Args:
+        model: The main graph, edited.
+        weights: Which.
+        step: The quantize pass.
+        scheme: The types.
+        context: Of the pass.
+        outcome: Receives a change or a refusal for each weight.
+        kind: The type; None: that of the layers on codes.
+        rounding: How they are rounded.
+        decode: Whether all of them are decoded at load, which takes no time at inference; else each is
+            written in the form that costs least memory for little time.
+    """
+    kind = kind or scheme.weights
+    part = step.model_copy(update={"weights": kind.name, "granularity": "channel"})
+    jobs = [weight_jobs.make_job(target, part, kind, scheme.profile) for target in _targets(model, weights)]
+    if decode and scheme.profile.name.startswith("onnxruntime"):
+        jobs = [replace(job, form="decoded") for job in jobs]
+    how = weight_rounding.Scheme(rounding, symmetric=scheme.symmetric_weights)
+    weight_only.quantize_jobs(model, jobs, how, context, outcome)
+
+
+def store_float_layers(
+    model: Graph, weights: set[Stored], judge: Judge, step: Quantize, scheme: Scheme, context: Context
+) -> Outcome:
+    """Store the weights of layers that stay float for the sake of the outputs, unless that spoils them.
+
+    All are tried at once in the type of the other weights, rounded to nearest; if that is noticed, one after
+    another so, by GPTQ, and in 16 bits; where all of it is noticed a weight stays float.
+
+    Args:
+        model: The quantized model, edited.
+        weights: Of the layers that stay float.
+        judge: Measures the outputs.
+        step: The quantize pass.
+        scheme: The types.
+        context: Of the pass.
+
+    Returns:
+        One change for each weight, or a refusal.
+    """
+    limit = max(judge.loss_of(model) * _NOTICEABLE, _FAINT)
+    outcome = Outcome()
+
+    def unnoticed(part: set[Stored], kind: QuantType, rounding: str) -> bool:
+        """Store some weights if the outputs stay within the limit; return whether they do."""
+        trial = model.copy()
+        store_weights(trial, part, step, scheme, context, Outcome(), kind, rounding=rounding, decode=True)
+        if judge.loss_of(trial) > limit:
+            return False
+        store_weights(model, part, step, scheme, context, outcome, kind, rounding=rounding, decode=True)
+        return True
+
+    tries = [(scheme.weights, "nearest"), (scheme.weights, "gptq"), (find_type(_WIDER), "nearest")]
+    if step.rounding == "nearest":
+        del tries[1]
+    if not unnoticed(weights, scheme.weights, "nearest"):
+        for weight in sorted(weights):
+            if not any(unnoticed({weight}, *how) for how in tries):
+                outcome.refuse(weight[1], f"its values stay float: {_WIDER} is noticed in the outputs")
+    # what was done to these layers does not make them run on codes
+    outcome.changes = [replace(change, weights=()) for change in outcome.changes]
+    return outcome
+
+
+def _targets(model: Graph, weights: set[Stored]) -> list[Target]:
+    found = find_targets(model, Outcome(), step="quantize")
+    return [target for target in found if stored(target.layers) <= weights]
