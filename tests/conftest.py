@@ -5,6 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# The same examples at every run: a change is judged by what it does, not by the draw of the day. To look for
+# more, set ONNXSLIM_LAB_EXPLORE.
+settings.register_profile("same", derandomize=True)
+if not os.environ.get("ONNXSLIM_LAB_EXPLORE"):
+    settings.load_profile("same")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY / "benchmarks"), str(REPOSITORY / "tests")]
