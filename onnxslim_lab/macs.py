@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 from onnx import AttributeProto, GraphProto
 
 from onnxslim_lab import shapes
@@ -13,6 +14,7 @@ from onnxslim_lab.graph import Graph
 from onnxslim_lab.layer_views.storage import FLOATS
 from onnxslim_lab.layers import Layer, find_layers
 from onnxslim_lab.shapes import Dim
+from onnxslim_lab.worker.messages import Value
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,19 @@ def model_macs(graph: Graph, dims: Mapping[str, int] | None = None, *, default: 
     for inner in graph.root.walk():
         counted += [(layer, layer.macs(known)) for layer in find_layers(inner)[0]]
     return Macs(counted, assumed)
+
+
+def fed_sizes(model: Graph, feed: Mapping[str, Value]) -> dict[str, int]:
+    """Return the sizes that a feed gives the symbolic dimensions of the inputs, named as `model_macs` names them."""
+    sizes: dict[str, int] = {}
+    for name, kind in model.input_types().items():
+        value = feed.get(name)
+        if not isinstance(value, np.ndarray):
+            continue
+        for axis, (dim, size) in enumerate(zip(kind.tensor_type.shape.dim, value.shape, strict=False)):
+            if not dim.HasField("dim_value") or dim.dim_value < 0:
+                sizes[dim.dim_param or f"{name}:{axis}"] = size
+    return sizes
 
 
 def _collect(proto: GraphProto, known: dict[str, tuple[Dim, ...]]) -> None:

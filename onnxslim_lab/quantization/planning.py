@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from onnxslim_lab.base import Progress
 from onnxslim_lab.errors import ParameterError
@@ -20,7 +17,6 @@ from onnxslim_lab.quantization.static_layers import StaticLayer, key_of, why_not
 from onnxslim_lab.quantization.types import find_type
 from onnxslim_lab.selection import Target
 from onnxslim_lab.statistics import Calibration, Statistics, Want
-from onnxslim_lab.worker.messages import Value
 
 if TYPE_CHECKING:
     from onnxslim_lab.passes.quantize import Quantize
@@ -47,19 +43,6 @@ def scheme_of(step: Quantize) -> Scheme:
 def least_opset(scheme: Scheme, *, half: bool) -> int:
     """Return the least opset that holds the types."""
     return max(13, scheme.activations.opset, scheme.weights.opset, 19 if half else 0)
-
-
-def fed_sizes(model: Graph, feed: Mapping[str, Value]) -> dict[str, int]:
-    """Return the sizes that a feed gives the symbolic dimensions of the inputs, named as `model_macs` does."""
-    sizes: dict[str, int] = {}
-    for name, kind in model.input_types().items():
-        value = feed.get(name)
-        if not isinstance(value, np.ndarray):
-            continue
-        for axis, (dim, size) in enumerate(zip(kind.tensor_type.shape.dim, value.shape, strict=False)):
-            if not dim.HasField("dim_value") or dim.dim_value < 0:
-                sizes[dim.dim_param or f"{name}:{axis}"] = size
-    return sizes
 
 
 def plan_layers(

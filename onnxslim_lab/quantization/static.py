@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from onnxslim_lab.base import Context, Outcome
 from onnxslim_lab.errors import ParameterError
 from onnxslim_lab.graph import Graph
 from onnxslim_lab.layers import Layer
+from onnxslim_lab.macs import fed_sizes
 from onnxslim_lab.quantization import weight_jobs
 from onnxslim_lab.quantization.float_layers import float_layers
 from onnxslim_lab.quantization.float_weights import store_float_layers, store_weights, stored
 from onnxslim_lab.quantization.output_loss import Judge, choose_ranges, decibels, slower
-from onnxslim_lab.quantization.plan import Scheme
+from onnxslim_lab.quantization.plan import Plan, Scheme
 from onnxslim_lab.quantization.planning import (
-    fed_sizes,
     least_opset,
     make_plan,
     plan_layers,
@@ -45,26 +46,11 @@ def apply_static(model: Graph, step: Quantize, context: Context) -> Outcome:
     outcome = Outcome()
     scheme = scheme_of(step)
     written = format_of(step.format, scheme.profile)
-    targets = weight_jobs.select(model, step, outcome)
-    if not targets:
+    planned = plan_static(model, step, scheme, context, outcome)
+    if planned is None:
         return outcome
-    if context.calibration is None:
-        raise ParameterError("quantize needs calibration data to choose the ranges of activations by")
-    outcome = Outcome()
-    half = any(layer.stored.used_type == 10 for target in targets for layer in target.layers)
-    prepare(model, least_opset(scheme, half=half), context, outcome)
-    targets = select(model, step, outcome)
-    dims = fed_sizes(model, next(iter(context.calibration.data.feeds), {}))
-    layers, others = plan_layers(model, targets, scheme, dims)
-    plan, unseen = make_plan(model, layers, scheme, context.calibration)
-    others += [(layer.layer, unseen[layer.name]) for layer in layers if layer.name in unseen]
-    rounding = "gptq" if step.rounding == "auto" else step.rounding
-    if step.ranges == "auto":
-        plan.use_ranges("minmax")  # until the outputs decide
-    if rounding != "nearest":
-        round_weights(plan, context.calibration, rounding, context.progress)
-    judge = Judge(plan, context) if plan.layers else None
-    left = _stay_float(judge, step, context, outcome) if judge is not None else []
+    plan, others, judge = planned.plan, planned.others, planned.judge
+    left = _stay_float(judge, step, context, outcome) if judge is not None and step.float_macs else []
     original = model.copy()
     outcome.merge(plan.write(model, without=left))
     if written != "qdq":
@@ -80,13 +66,53 @@ def apply_static(model: Graph, step: Quantize, context: Context) -> Outcome:
     return outcome
 
 
-def _stay_float(judge: Judge, step: Quantize, context: Context, outcome: Outcome) -> list[str]:
-    """Return the layers that sensitivity leaves float; choose the ranges by the outputs when asked."""
-    plan = judge.plan
+@dataclass(frozen=True)
+class Planned:
+    """The plan of a step; the layers it leaves out, with the reason; what judges it, None without layers."""
+
+    plan: Plan
+    others: list[tuple[Layer, str]]
+    judge: Judge | None
+
+
+def plan_static(
+    model: Graph, step: Quantize, scheme: Scheme, context: Context, outcome: Outcome
+) -> Planned | None:
+    """Return what a step does to a model, which is prepared for it in place; None when it selects nothing.
+
+    Activations are measured, weights rounded and, where the outputs decide, ranges chosen here; raises as
+    `apply_static`. What preparing did, and what is refused, is added to the outcome.
+    """
+    selected = Outcome()
+    targets = weight_jobs.select(model, step, selected)
+    if not targets:
+        outcome.merge(selected)
+        return None
+    if context.calibration is None:
+        raise ParameterError("quantize needs calibration data to choose the ranges of activations by")
+    half = any(layer.stored.used_type == 10 for target in targets for layer in target.layers)
+    prepare(model, least_opset(scheme, half=half), context, outcome)
+    targets = select(model, step, outcome)
+    dims = fed_sizes(model, next(iter(context.calibration.data.feeds), {}))
+    layers, others = plan_layers(model, targets, scheme, dims)
+    plan, unseen = make_plan(model, layers, scheme, context.calibration)
+    others += [(layer.layer, unseen[layer.name]) for layer in layers if layer.name in unseen]
+    rounding = "gptq" if step.rounding == "auto" else step.rounding
+    if step.ranges == "auto":
+        plan.use_ranges("minmax")  # until the outputs decide
+    if rounding != "nearest":
+        round_weights(plan, context.calibration, rounding, context.progress)
+    if not plan.layers:
+        return Planned(plan, others, None)
+    judge = Judge(plan, context)
     if step.ranges == "auto":
         outcome.change(plan.model.name, choose_ranges(judge))
-    if not step.float_macs:
-        return []
+    return Planned(plan, others, judge)
+
+
+def _stay_float(judge: Judge, step: Quantize, context: Context, outcome: Outcome) -> list[str]:
+    """Return the layers that sensitivity leaves float."""
+    plan = judge.plan
     restored, before, after = float_layers(judge, step.float_macs, context)
     for one in restored:
         for name in one.names:
