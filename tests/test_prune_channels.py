@@ -13,7 +13,7 @@ from onnxslim_lab.base import Context
 from onnxslim_lab.channels.allocation import Allocation
 from onnxslim_lab.channels.cutting import Kept
 from onnxslim_lab.channels.groups import find_groups
-from onnxslim_lab.channels.refit import Sums, solved
+from onnxslim_lab.channels.refit import solved
 from onnxslim_lab.channels.scores import by_loss, by_magnitude, ranked
 from onnxslim_lab.data import Dataset
 from onnxslim_lab.errors import ParameterError
@@ -21,6 +21,7 @@ from onnxslim_lab.graph import Graph
 from onnxslim_lab.macs import model_macs
 from onnxslim_lab.passes import prune_channels
 from onnxslim_lab.passes.prune_channels import PruneChannels
+from onnxslim_lab.second_order.repair import Moments
 from onnxslim_lab.statistics import Calibration, Gram
 
 NET = """g (float[4,3,8,8] x, float[16,3,3,3] w1, float[16] w2, float[24,16,3,3] w3, float[24] w4,
@@ -208,7 +209,7 @@ def test_solved_is_least_squares():
     kept = Kept(
         np.array([True]), np.array([True, False, True]), np.array([True, True, False, True, True, False])
     )
-    sums = Sums(np.zeros((1, 5, 5)), np.zeros((1, 7, 5)))
+    sums = Moments(np.zeros((1, 5, 5)), np.zeros((1, 7, 5)))
     x[..., 2] = x[..., 0] + 1
     sums.add(x[..., kept.columns], x)
     weights, shift = solved(matrix, kept, sums, damping=1e-12, shifts=True)

@@ -8,7 +8,6 @@ layers lose, later ones so make good as far as they can.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from onnxslim_lab.channels.cutting import Kept
 from onnxslim_lab.equalization.biases import BiasSlot, add_to_bias, find_slots
 from onnxslim_lab.graph import Graph
 from onnxslim_lab.layers import Layer, find_layers, layer_of
+from onnxslim_lab.second_order.repair import Moments
 from onnxslim_lab.statistics import Calibration
 from onnxslim_lab.statistics.calibration import gram_input
 
@@ -28,28 +28,9 @@ ROWS = 16  # rows of data for each column of a matrix
 LEAST_ROWS = 4096
 
 
-@dataclass
-class Sums:
-    """Sums over pairs of rows, a one appended to each: x in the edited model, y in the original.
-
-    Attributes:
-        own: Sum of x x^T, (groups, columns + 1, columns + 1).
-        cross: Sum of y x^T, (groups, original columns + 1, columns + 1).
-    """
-
-    own: Doubles
-    cross: Doubles
-
-    def add(self, x: Array, y: Array) -> None:
-        """Add rows (groups, n, columns) of both models."""
-        ones = np.ones((*x.shape[:2], 1), np.float32)
-        mine = np.concatenate([x.astype(np.float32, copy=False), ones], axis=2)
-        theirs = np.concatenate([y.astype(np.float32, copy=False), ones], axis=2)
-        self.own += mine.swapaxes(1, 2) @ mine
-        self.cross += theirs.swapaxes(1, 2) @ mine
-
-
-def solved(matrix: Array, kept: Kept, sums: Sums, *, damping: float, shifts: bool) -> tuple[Doubles, Doubles]:
+def solved(
+    matrix: Array, kept: Kept, sums: Moments, *, damping: float, shifts: bool
+) -> tuple[Doubles, Doubles]:
     """Return the weights that are left, refitted, and what is to be added to the bias, (groups, out).
 
     Args:
@@ -135,10 +116,8 @@ def _behind(model: Graph, kept: Iterable[str]) -> set[str]:
 def _refit_one(
     layer: Layer, twin: Layer, kept: Kept, slot: BiasSlot | None, calibration: Calibration, damping: float
 ) -> None:
-    groups, _, columns = layer.shape
-    sums = Sums(
-        np.zeros((groups, columns + 1, columns + 1)), np.zeros((groups, twin.shape[2] + 1, columns + 1))
-    )
+    columns = layer.shape[2]
+    sums = Moments.empty(layer, twin)
     value, before = gram_input(layer), gram_input(twin)
     feeds = max(1, len(calibration.data))
     most = max(LEAST_ROWS, ROWS * columns) // feeds + 1

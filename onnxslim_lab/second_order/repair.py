@@ -23,18 +23,18 @@ class Moments:
 
     Attributes:
         own: Sum of x x^T, (groups, in + 1, in + 1).
-        cross: Sum of y x^T, (groups, in + 1, in + 1).
+        cross: Sum of y x^T, (groups, in of the original + 1, in + 1).
     """
 
     own: Doubles
     cross: Doubles
 
     @classmethod
-    def empty(cls, layer: Layer) -> Moments:
-        """Return the sums over no rows."""
-        groups, _, columns = layer.shape
-        shape = (groups, columns + 1, columns + 1)
-        return cls(np.zeros(shape), np.zeros(shape))
+    def empty(cls, edited: Layer, original: Layer) -> Moments:
+        """Return the sums over no rows; the original may have more inputs."""
+        groups, _, columns = edited.shape
+        size = columns + 1
+        return cls(np.zeros((groups, size, size)), np.zeros((groups, original.shape[2] + 1, size)))
 
     def add(self, x: Array, y: Array) -> None:
         """Add rows (groups, n, in) of both models."""
@@ -47,7 +47,7 @@ class Moments:
 
 def moments(calibration: Calibration, edited: Layer, original: Layer, limit: int | None = None) -> Moments:
     """Return the moments of a layer of the main graph's inputs in an edited model and in the original."""
-    result = Moments.empty(edited)
+    result = Moments.empty(edited, original)
     values = [gram_input(layer) for layer in (edited, original)]
     runs: list[Iterator[dict[str, Any]]] = [
         calibration.stream(layer.graph, [value], limit=limit)
