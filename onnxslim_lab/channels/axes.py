@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
+from onnxslim_lab.components import components
 from onnxslim_lab.graph import Graph
 from onnxslim_lab.shapes import Dim
 
@@ -179,11 +178,7 @@ class Axes:
                 self._decide(self.folds.pop(0), found, by_default=True)
 
     def _components(self) -> Closure:
-        empty = np.zeros(0, np.int64)
-        first = np.concatenate([empty, *(a for a, _ in self._links)])
-        second = np.concatenate([empty, *(b for _, b in self._links)])
-        edges = coo_array((np.ones(first.size, np.int8), (first, second)), shape=(self._count, self._count))
-        count, labels = connected_components(edges, directed=False) if self._count else (0, empty)
+        count, labels = components(self._count, self._links)
         reasons = np.full(count, -1)
         texts: dict[str, int] = {}
         for atoms, reason in reversed(self._frozen):  # the first reason is the one that is told

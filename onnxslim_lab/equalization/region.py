@@ -9,9 +9,8 @@ from typing import Literal
 
 import numpy as np
 from onnx import NodeProto
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
+from onnxslim_lab.components import components
 from onnxslim_lab.equalization.indexing import Array, Index, common_shape, varying
 from onnxslim_lab.graph import Graph
 from onnxslim_lab.layers import Layer
@@ -154,11 +153,7 @@ class Region:
             if value in self.indices:
                 self.freeze(index, reason)
                 self.freeze(self.indices[value], reason)
-        first = np.concatenate([np.zeros(0, np.int64), *(a.reshape(-1) for a, _ in self._links)])
-        second = np.concatenate([np.zeros(0, np.int64), *(b.reshape(-1) for _, b in self._links)])
-        edges = coo_array((np.ones(first.size), (first, second)), shape=(self._count, self._count))
-        found, labels = connected_components(edges, directed=False)
-        self.labels = labels.astype(np.int64)
+        found, self.labels = components(self._count, self._links)
         self.free = np.ones(found, np.bool_)
         counts: Counter[str] = Counter()
         for index, reason in self._frozen:
