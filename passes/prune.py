@@ -16,7 +16,7 @@ from onnxslim_lab.floats import BLOCK, Array, blocks, kth_magnitude, magnitude_b
 from onnxslim_lab.graph import Graph
 from onnxslim_lab.second_order.choose import Pattern
 from onnxslim_lab.second_order.pruning import Plan as LossPlan
-from onnxslim_lab.second_order.pruning import Refit, prune_by_loss, unusable
+from onnxslim_lab.second_order.pruning import Refit, measurable, prune_by_loss
 from onnxslim_lab.selection import Overrides, Patterns, Target, find_targets
 
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
@@ -266,13 +266,7 @@ class Prune(Pass):
             self.criterion, Pattern.parse(self.pattern), self.scope, self._fraction, self._refit, self.damping
         )
         counts = {id(target): nonzeros for target, nonzeros in zip(targets, before, strict=True)}
-        usable = []
-        for target in targets:
-            reason = unusable(target) if self.needs_calibration else ""
-            if reason:
-                outcome.refuse(target.where, reason)
-            else:
-                usable.append(target)
+        usable = measurable(targets, outcome) if self.needs_calibration else targets
         for pruned in prune_by_loss(graph, usable, plan, calibration, context.progress):
             target, values = pruned.target, pruned.values
             left = int(np.count_nonzero(values))

@@ -26,7 +26,7 @@ from onnxslim_lab.clustering import (
 from onnxslim_lab.errors import ParameterError
 from onnxslim_lab.floats import Array, blocks
 from onnxslim_lab.graph import Graph
-from onnxslim_lab.second_order.pruning import target_grams, unusable
+from onnxslim_lab.second_order.pruning import measurable, target_grams
 from onnxslim_lab.second_order.sharing import share_by_output
 from onnxslim_lab.selection import Overrides, Patterns, Target, find_targets
 from onnxslim_lab.statistics import Gram
@@ -212,8 +212,8 @@ class Share(Pass):
         if self.needs_calibration:
             if context.calibration is None:
                 raise ParameterError("share: weighting=activation and compensate need calibration data")
-            sound = [target for target in targets if not self._refuse_measured(target, outcome)]
-            targets, grams = sound, target_grams(graph, sound, context.calibration)
+            targets = measurable(targets, outcome)
+            grams = target_grams(graph, targets, context.calibration)
         for number, target in enumerate(targets):
             result = self._share(target, context.seed, None if grams is None else next(grams))
             context.progress(number + 1, len(targets), f"share {target.where}")
@@ -222,14 +222,6 @@ class Share(Pass):
             else:
                 outcome.changes.append(result)
         return outcome
-
-    @staticmethod
-    def _refuse_measured(target: Target, outcome: Outcome) -> bool:
-        """Refuse a target whose inputs cannot be measured; return whether it was."""
-        reason = unusable(target)
-        if reason:
-            outcome.refuse(target.where, reason)
-        return bool(reason)
 
     def _share(self, target: Target, seed: int, gram: Gram | None = None) -> Change | str:
         """Share one weight; return what changed, or why nothing did."""

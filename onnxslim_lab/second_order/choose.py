@@ -47,9 +47,9 @@ def removal_losses(
 ) -> Doubles:
     """Return, for every weight (groups, out, in), the loss below which it stays and from which it goes.
 
-    The unit is |X dw|^2 over the rows that the Gram matrix counts. "magnitude": w^2. "wanda": w^2 times the energy of its
-    input, nothing else changed (Sun et al., A Simple and Effective Pruning Approach for Large Language
-    Models, 2023). "obs": the running maximum along the order in which optimal brain surgeon removes the
+    The unit is |X dw|^2 over the rows that the Gram matrix counts. "magnitude": w^2. "wanda": w^2 times the
+    energy of its input, nothing else changed (Sun et al., A Simple and Effective Pruning Approach for Large
+    Language Models, 2023). "obs": the running maximum along the order in which optimal brain surgeon removes the
     weights of the row, all others updated; for wide layers the loss if it alone were removed. Weights
     that a pattern keeps are infinite. Only the diagonal of the Gram matrix is used where no more is there.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxslim_lab.base import Progress
+from onnxslim_lab.base import Outcome, Progress
 from onnxslim_lab.graph import Graph
 from onnxslim_lab.layers import Layer, layer_of
 from onnxslim_lab.second_order.choose import (
@@ -235,7 +235,19 @@ def own_bias(layer: Layer) -> Bias | None:
     return Bias(read, write)
 
 
-def unusable(target: Target) -> str:
+def measurable(targets: Iterable[Target], outcome: Outcome) -> list[Target]:
+    """Return the targets that a Gram matrix can be had for; the others are refused in the outcome."""
+    found = []
+    for target in targets:
+        reason = _unmeasurable(target)
+        if reason:
+            outcome.refuse(target.where, reason)
+        else:
+            found.append(target)
+    return found
+
+
+def _unmeasurable(target: Target) -> str:
     """Return why no Gram matrix can be had for a target, "" when it can."""
     if any(layer.role == "R" for layer in target.layers):
         return (
