@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from itertools import count
 from typing import ClassVar, Literal
 
 from onnx import TensorProto
@@ -15,6 +14,7 @@ from onnxslim_lab.base import Change, Context, Outcome, Pass
 from onnxslim_lab.encodings.choice import FIRST_ENCODING_OPSET, dense_bytes, smallest_plan
 from onnxslim_lab.encodings.plan import STEM, Plan, Target
 from onnxslim_lab.encodings.sparse import FIRST_OPSET as FULL_OPSET
+from onnxslim_lab.encodings.stems import free_stems
 from onnxslim_lab.errors import ModelError
 from onnxslim_lab.graph import Graph, is_op
 from onnxslim_lab.opset import raise_opset
@@ -67,7 +67,7 @@ class Encode(Pass):
         if context.allow_opset_raise and self.raise_opset and 0 < graph.opset() < FULL_OPSET:
             self._raise(graph, outcome)
         work = list(self._large(graph))
-        stems = _stems(graph)
+        stems = free_stems(graph, STEM)
         shared: dict[int, tuple[str, set[str]]] = {}
         for done, (inner, name) in enumerate(work):
             context.progress(done, len(work), f"encode {name}")
@@ -196,19 +196,3 @@ def _folded(graph: Graph) -> set[str]:
         if known and node.input and not graph.bodies(node):
             folded.update(node.output)
     return folded
-
-
-def _stems(model: Graph) -> Iterator[str]:
-    """Yield e, e1, e2, ...: those before whose first dot no name of the model ends."""
-    taken = {name.split(".", 1)[0] for graph in model.walk() for name in _names(graph)}
-    for number in count():
-        stem = f"{STEM}{number or ''}"
-        if stem not in taken:
-            yield stem
-
-
-def _names(graph: Graph) -> Iterator[str]:
-    yield from graph.inputs
-    yield from graph.initializers
-    for node in graph.nodes:
-        yield from node.output

@@ -389,3 +389,16 @@ def test_codebook_leaves_few_values_for_encode(with_data):
     outcome = apply_weight_only(graph, Step("uint4", rounding="codebook"), context)
     assert "encode" in outcome.changes[0].what
     assert len(np.unique(graph.constant("w"))) <= 16
+
+
+def test_weights_decoded_one_after_another_in_copies_have_names_of_their_own():
+    text = "(float[4, 64] x) => (float[4, 64] y) { t = Tanh (x) u = MatMul (t, v) z = Mul (u, t) y = MatMul (z, w) }"
+    model = build(text, {"v": (64, 64), "w": (64, 64)}, opset=12)
+    feeds = {"x": np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)}
+    expected = runner().run(model, [feeds])[0]["y"]
+    for name in "vw":
+        model = model.copy()
+        outcome = apply_weight_only(model, Step(weights="int4", include=(name,)), Context())
+        assert [change.detail["form"] for change in outcome.changes] == ["decoded"]
+    found = runner().run(Graph.load(model.to_model()), [feeds])[0]["y"]
+    assert np.linalg.norm(found - expected) < 0.5 * np.linalg.norm(expected)

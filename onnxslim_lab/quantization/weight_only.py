@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from onnxslim_lab.base import Change, Context, Outcome
+from onnxslim_lab.encodings.stems import free_stems
 from onnxslim_lab.errors import ModelError, ParameterError
 from onnxslim_lab.graph import Graph
 from onnxslim_lab.layers import Layer
@@ -21,6 +22,7 @@ from onnxslim_lab.quantization.weight_jobs import Job, WeightOnlyStep, make_job,
 from onnxslim_lab.quantization.weight_rounding import Scheme, needs_gram, rounded, shared_values, value_error
 from onnxslim_lab.statistics import Gram
 
+_STEM = "q"  # of the names of what decodes a weight
 _NODES_BYTES = 200  # of the nodes and names of a form, about
 _NOT_FINITE = "the weight has NaN or infinite values: they have no code"
 _WRITERS = {
@@ -91,8 +93,8 @@ def quantize_jobs(
         dynamic: Writes a job of the form "dynamic" and returns what it did.
     """
     weights = list(_round(model, list(_affordable(jobs, outcome)), scheme, context, outcome))
-    for number, (job, weight) in enumerate(weights):
-        outcome.changes.append(_write(job, weight, model.fresh_name(f"q{number}"), dynamic))
+    for stem, (job, weight) in zip(free_stems(model, _STEM), weights, strict=False):
+        outcome.changes.append(_write(job, weight, stem, dynamic))
 
 
 def _raise_opset(model: Graph, jobs: Sequence[Job], context: Context, outcome: Outcome) -> bool:
