@@ -1,11 +1,13 @@
 """What calibration costs: wall time against running the model, and peak memory against the budget.
 
-    python benchmarks/calibration.py [--models A,B] [--feeds 128] [--rounds 5] [--samples 1000]
+    python benchmarks/calibration.py [--models A,B] [--feeds 128] [--rounds 5] [--threads 0] [--samples 1000]
 
-Times are medians of alternating rounds, each with a new Runner, so that loading counts on both sides. The
-values measured are those that static quantization asks for: what layers read and make, Relu and Clip taken
-into the layer before, and the operands of additions. Memory is the peak resident size of this process and of
-the one that runs onnxruntime, with histograms of the same values and the Gram matrices of all layers.
+Times are medians of alternating rounds, each with a new Runner, so that loading counts on both sides. Both sides run
+the model as static quantization prepares it, and the values measured are those that it asks for: "ranges"
+those of minmax, "averages" also the means over the samples, "histograms" with these. CPU seconds are those of
+both processes. Memory is the peak resident size of this process and of
+the one that runs onnxruntime, with histograms and statistics per channel of the same values and the Gram matrices of all layers; it is
+printed as it goes, so that growth would show.
 """
 
 from __future__ import annotations
@@ -15,22 +17,24 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 from zoo_feeds import feeds as zoo_feeds
 
+from onnxslim_lab.base import Context
 from onnxslim_lab.data import Dataset
 from onnxslim_lab.graph import Graph
 from onnxslim_lab.layers import find_layers
+from onnxslim_lab.passes.quantize import Quantize
 from onnxslim_lab.sessions import Runner
-from onnxslim_lab.statistics import Calibration, Want
+from onnxslim_lab.statistics import Calibration, Statistics, Want
 
-MODELS = ("efficientnet_lite0", "ppocrv4_rec", "vital_minilm_l3")
+MODELS = ("efficientnet_lite0", "nudenet_yolov8n", "vital_minilm_l3", "ppocrv4_rec")
 BUDGET = 1 << 30
-_ACTIVATIONS = {"Relu", "Clip", "HardSwish", "Sigmoid", "LeakyRelu"}
-_READS = {"Add", "Mul", "Concat", "Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum"}
 
 
 def cache() -> Path:
@@ -38,24 +42,32 @@ def cache() -> Path:
     return Path(os.environ.get("ONNXSLIM_LAB_CACHE", "~/.cache/onnxslim_lab")).expanduser()
 
 
-def quantized_values(graph: Graph) -> list[str]:
-    """Return the float values of the main graph that static quantization asks for."""
-    found: dict[str, None] = {}
-    for node in graph.nodes:
-        if node.op_type not in _READS:
-            continue
-        for name in (*node.input, *node.output):
-            if not name or graph.is_constant(name) or graph.dtype_of(name) != 1:
-                continue
-            consumers = graph.consumers(name)
-            if len(consumers) == 1 and consumers[0].op_type in _ACTIVATIONS and not graph.is_output(name):
-                name = consumers[0].output[0]  # noqa: PLW2901 - measured behind its activation
-            found[name] = None
-    return list(found)
+class _Asked(Exception):  # noqa: N818 - no error: the question is all that is wanted
+    """Ends a step when it asks for statistics."""
 
 
-def seconds(work: Callable[[Runner], object], threads: int) -> float:
-    """Return the wall time of some work with a new Runner, its start not counted."""
+class _Asking(Calibration):
+    """Takes down what is asked for and measures nothing."""
+
+    def collect(self, model: Graph, wants: Iterable[Want]) -> Statistics:
+        """Take down the question."""
+        self.asked = model, list(wants)
+        raise _Asked
+
+
+def quantized_values(graph: Graph, feed: dict[str, Any]) -> tuple[Graph, list[Want]]:
+    """Return the model that static quantization measures, and the ranges that it asks for."""
+    with Runner(1) as runner:
+        calibration = _Asking(runner, Dataset([feed]))
+        with suppress(_Asked):
+            Quantize(ranges="minmax").apply(
+                graph.copy(), Context(calibration=calibration, allow_opset_raise=True)
+            )
+        return calibration.asked
+
+
+def measured(work: Callable[[Runner], object], threads: int) -> tuple[float, float]:
+    """Return the wall time and the CPU time of some work with a new Runner, its start not counted."""
     with Runner(threads) as runner:
         runner.run(
             Graph.parse(
@@ -63,41 +75,57 @@ def seconds(work: Callable[[Runner], object], threads: int) -> float:
             ),
             [{}],
         )
-        start = time.perf_counter()
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        start, used = time.perf_counter(), sum(map(cpu_seconds, ["self", *children]))
         work(runner)
-        return time.perf_counter() - start
+        end = time.perf_counter()
+        return end - start, sum(map(cpu_seconds, ["self", *children])) - used
 
 
-def compare(name: str, count: int, rounds: int, threads: int) -> None:
-    """Print the wall time of ranges against a plain run."""
-    graph = Graph.load(cache() / f"{name}.onnx")
+def cpu_seconds(process: str) -> float:
+    """Return the CPU seconds that a process has used."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def compare(name: str, count: int, rounds: int, threads: int, kinds: Collection[str]) -> None:
+    """Print the time of ranges against a plain run."""
     feeds: list[dict[str, Any]] = [*(zoo_feeds(name, min(count, 16)) * (count // 16 + 1))[:count]]
     data = Dataset(feeds)
-    values = quantized_values(graph)
+    graph, wants = quantized_values(Graph.load(cache() / f"{name}.onnx"), feeds[0])
 
     def plain(runner: Runner) -> None:
         for _ in runner.stream(graph, feeds):
             pass
 
     def ranges(runner: Runner) -> None:
-        Calibration(runner, data).collect(graph, [Want(graph, value) for value in values])
+        Calibration(runner, data).collect(graph, wants)
+
+    def averages(runner: Runner) -> None:
+        Calibration(runner, data).collect(graph, [replace(want, average=True) for want in wants])
 
     def histograms(runner: Runner) -> None:
-        Calibration(runner, data).collect(graph, [Want(graph, value, histogram=True) for value in values])
+        Calibration(runner, data).collect(graph, [replace(want, histogram=True) for want in wants])
 
-    times: dict[str, list[float]] = {"plain": [], "ranges": [], "histograms": []}
+    times: dict[str, list[tuple[float, float]]] = {}
     for _ in range(rounds):
-        for work in (plain, ranges, histograms):
-            times[work.__name__].append(seconds(work, threads))
-    medians = {kind: statistics.median(found) for kind, found in times.items()}
-    ratios = [r / p for p, r in zip(times["plain"], times["ranges"], strict=True)]
-    print(
-        f"{name}, threads {threads or 'all'}: {len(values)} values, {count} feeds: plain {medians['plain']:.2f} s, "
-        f"ranges {medians['ranges']:.2f} s ({medians['ranges'] / medians['plain']:.2f}, rounds "
-        f"{min(ratios):.2f} to {max(ratios):.2f}), histograms {medians['histograms']:.2f} s "
-        f"({medians['histograms'] / medians['plain']:.2f})",
-        flush=True,
-    )
+        for work in (plain, ranges, averages, histograms):
+            if work is not plain and work.__name__ not in kinds:
+                continue
+            times.setdefault(work.__name__, []).append(measured(work, threads))
+    print(f"{name}, threads {threads or 'all'}: {len(wants)} values, {count} feeds")
+    for kind, found in times.items():
+        wall, used = (statistics.median(pair[at] for pair in found) for at in (0, 1))
+        ratios = [
+            sorted(mine[at] / theirs[at] for mine, theirs in zip(found, times["plain"], strict=True))
+            for at in (0, 1)
+        ]
+        print(
+            f"  {kind:10} {wall:7.2f} s, {statistics.median(ratios[0]):.2f} of plain (rounds {ratios[0][0]:.2f} "
+            f"to {ratios[0][-1]:.2f}); CPU {used:7.2f} s, {statistics.median(ratios[1]):.2f} of plain "
+            f"({ratios[1][0]:.2f} to {ratios[1][-1]:.2f})",
+            flush=True,
+        )
 
 
 class Peak:
@@ -149,14 +177,20 @@ class Repeated(list[dict[str, object]]):
 
 def memory(samples: int) -> None:
     """Print the peak memory of histograms and Gram matrices of EfficientNet-Lite0."""
-    graph = Graph.load(cache() / "efficientnet_lite0.onnx")
-    data = Dataset(Repeated(zoo_feeds("efficientnet_lite0", 32), samples))  # type: ignore[arg-type]
-    wants = [Want(graph, value, histogram=True, axis=1) for value in quantized_values(graph)]
+    feeds = zoo_feeds("efficientnet_lite0", 32)
+    data = Dataset(Repeated(feeds, samples))  # type: ignore[arg-type]
+    graph, ranges = quantized_values(Graph.load(cache() / "efficientnet_lite0.onnx"), feeds[0])
+    wants = [replace(want, histogram=True, axis=1) for want in ranges]
     layers, _ = find_layers(graph)
     before = resident("self")
     start = time.perf_counter()
     with Peak() as peak, Runner() as runner:
-        calibration = Calibration(runner, data, memory=BUDGET)
+
+        def show(done: int, total: int, what: str) -> None:
+            if done in (total // 10, total // 2, total):
+                print(f"  {what}, {done} of {total}: peak {peak.bytes / 1e6:.0f} MB", flush=True)
+
+        calibration = Calibration(runner, data, memory=BUDGET, progress=show)
         found = calibration.collect(graph, wants)
         half = time.perf_counter()
         size = sum(gram.matrix.nbytes for _, gram in calibration.grams(graph, layers))
@@ -165,7 +199,7 @@ def memory(samples: int) -> None:
         f"efficientnet_lite0, {samples} samples: {len(found)} histograms and channel statistics in "
         f"{half - start:.0f} s, {len(layers)} Gram matrices ({size / 1e6:.0f} MB) in {end - half:.0f} s; peak "
         f"resident memory of both processes {peak.bytes / 1e6:.0f} MB ({before / 1e6:.0f} MB before), "
-        f"budget {BUDGET / 1e6:.0f} MB"
+        f"budget {BUDGET / 1e6:.0f} MB: {'within' if peak.bytes <= BUDGET else 'ABOVE'} it"
     )
 
 
@@ -175,11 +209,12 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--feeds", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--kinds", default="ranges,averages,histograms")
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--samples", type=int, default=1000)
+    parser.add_argument("--samples", type=int, default=1000, help="of the memory run; 0 leaves it out")
     options = parser.parse_args()
     for name in filter(None, options.models.split(",")):
-        compare(name, options.feeds, options.rounds, options.threads)
+        compare(name, options.feeds, options.rounds, options.threads, options.kinds.split(","))
     if options.samples:
         memory(options.samples)
 

@@ -48,10 +48,11 @@ class Refusal:
 
 @dataclass
 class Outcome:
-    """What a pass did and what it refused to do."""
+    """What a pass did, what it refused to do, and what else the user should know."""
 
     changes: list[Change] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
 
     def change(self, where: str, what: str) -> None:
         """Record a change without figures."""
@@ -62,9 +63,10 @@ class Outcome:
         self.refusals.append(Refusal(where, reason))
 
     def merge(self, other: Outcome) -> None:
-        """Append the other's changes and refusals."""
+        """Append the other's changes, refusals and notices."""
         self.changes += other.changes
         self.refusals += other.refusals
+        self.notices += other.notices
 
 
 Progress = Callable[[int, int, str], None]

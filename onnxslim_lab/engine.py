@@ -19,7 +19,7 @@ from onnxslim_lab.evaluate import PairedResult, evaluate_pair
 from onnxslim_lab.graph import Graph, is_op
 from onnxslim_lab.inputs.probe import runnable_data
 from onnxslim_lab.inputs.random_data import random_data
-from onnxslim_lab.macs import model_macs
+from onnxslim_lab.macs import fed_sizes, model_macs
 from onnxslim_lab.modelfile import SavedFiles
 from onnxslim_lab.recipe import Recipe, step_text
 from onnxslim_lab.report import (
@@ -33,7 +33,7 @@ from onnxslim_lab.report import (
     data_report,
 )
 from onnxslim_lab.sessions import Runner, SessionTooLarge
-from onnxslim_lab.statistics import Calibration
+from onnxslim_lab.statistics import Calibration, default_folder
 from onnxslim_lab.verify import Verifier
 
 DEFAULT_STEPS = ("simplify", "encode")
@@ -71,6 +71,7 @@ class _Run:
     original: Graph | None = None
     verifier: Verifier | None = None
     calibration: Calibration | None = None
+    sizes: dict[str, int] = field(default_factory=dict)  # that the data gives open dimensions
     notices: list[str] = field(default_factory=list)
     steps: list[StepReport] = field(default_factory=list)
 
@@ -90,7 +91,7 @@ class _Run:
             calibration=self.calibration if step.needs_calibration else None,
             original=self.original,
         )
-        totals = _layer_totals(self.graph)
+        totals = _layer_totals(self.graph, self.sizes)
         bytes_before, nodes_before = self.graph.file_bytes(), node_count(self.graph)
         start = time.perf_counter()
         version_before = self.graph.version
@@ -112,6 +113,7 @@ class _Run:
                 ChangeReport(**{k: getattr(c, k) for k in ChangeReport.model_fields}) for c in outcome.changes
             ),
             refusals=tuple(RefusalReport(where=r.where, reason=r.reason) for r in outcome.refusals),
+            notices=tuple(outcome.notices),
         )
         self.steps.append(report)
         if verdict.status == "failed":
@@ -130,9 +132,9 @@ class _Run:
 Totals = dict[str, tuple[int, int]]  # parameters and multiply-accumulates by weight
 
 
-def _layer_totals(graph: Graph) -> Totals:
+def _layer_totals(graph: Graph, sizes: dict[str, int]) -> Totals:
     totals: Totals = {}
-    for layer, count in model_macs(graph).layers:
+    for layer, count in model_macs(graph, sizes).layers:
         parameters, macs = totals.get(layer.weight, (layer.parameters, 0))
         totals[layer.weight] = (parameters, macs + (count or 0))
     return totals
@@ -161,6 +163,7 @@ def optimize(
     runner: Runner | None = None,
     external: bool | None = None,
     allow_growth: bool = False,
+    cache: bool = True,
     progress: Progress = silent,
 ) -> Result:
     """Optimize a model and save it; the source is never changed.
@@ -176,6 +179,7 @@ def optimize(
         runner: Sessions to use; by default a new one, closed at the end.
         external: Whether large tensors go to a data file; None: only when the model is over 2 GB.
         allow_growth: Save even if the result is larger than the source.
+        cache: Keep what calibration measures in `statistics.default_folder()`, for later runs to use.
         progress: Called as progress(done, total, what).
 
     Raises:
@@ -200,7 +204,7 @@ def optimize(
         runner = own_runner = Runner(memory=recipe.memory)
     try:
         original = graph.copy() if metrics else graph
-        run = _prepare(graph, recipe, data, runner, progress)
+        run = _prepare(graph, recipe, data, runner, progress, default_folder() if cache else None)
         report = _run_steps(run, start)
         if metrics and judged is not None:
             progress(len(recipe.steps), len(recipe.steps), "evaluating")
@@ -231,7 +235,9 @@ def _check_target(output: str | os.PathLike[str] | None, source: str) -> None:
             )
 
 
-def _prepare(graph: Graph, recipe: Recipe, data: Dataset | None, runner: Runner, progress: Progress) -> _Run:
+def _prepare(
+    graph: Graph, recipe: Recipe, data: Dataset | None, runner: Runner, progress: Progress, cache: Path | None
+) -> _Run:
     """Run the original, so that every step has something to be compared with."""
     run = _Run(graph, recipe, progress)
     calibrating = [step.pass_name() for step in recipe.steps if step.needs_calibration]
@@ -240,10 +246,14 @@ def _prepare(graph: Graph, recipe: Recipe, data: Dataset | None, runner: Runner,
     if data is None:
         progress(0, len(recipe.steps), "looking for inputs that run")
         data = _default_data(runner, graph, recipe.seed, run.notices)
+    if data is not None:
+        run.sizes = fed_sizes(graph, next(iter(data.feeds), {}))
     if data is not None and calibrating:
         if data.random:
             run.notices.append(f"{', '.join(calibrating)}: calibrated on random data; give data that is real")
-        run.calibration = Calibration(runner, data, memory=recipe.memory // 2, progress=progress)
+        run.calibration = Calibration(
+            runner, data, memory=recipe.memory // 2, cache=cache, progress=progress, notices=run.notices
+        )
     if data is not None and recipe.verify != "off":
         progress(0, len(recipe.steps), "running the original")
         run.verifier = Verifier(runner, data, run.notices)

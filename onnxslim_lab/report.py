@@ -82,6 +82,9 @@ class StepReport(_Part):
     verdict: Verdict
     changes: tuple[ChangeReport, ...]
     refusals: tuple[RefusalReport, ...]
+    notices: tuple[str, ...] = Field(
+        (), description="what else the step says, such as why it chose its types"
+    )
 
 
 class DataReport(_Part):
@@ -177,6 +180,8 @@ class Report(_Part):
             lines.append(
                 "[yellow]outputs were compared on RANDOM data; give --data for a real check[/yellow]"
             )
+        told = dict.fromkeys(f"{step.name}: {notice}" for step in self.steps for notice in step.notices)
+        lines += [_safe(notice) for notice in told]
         lines += [f"[yellow]{_safe(notice)}[/yellow]" for notice in self.notices]
         refused = self.refusal_summary()
         if refused:

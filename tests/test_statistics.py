@@ -172,6 +172,18 @@ def test_a_finite_float64_beyond_float32_stays_finite():
     assert (found.high, found.nonfinite, found.histogram.total) == (1e300, 0, 2)
 
 
+@pytest.mark.parametrize("shape", [(0, 2, 3), (2, 2, 0)])
+def test_an_array_without_elements_adds_nothing(shape):
+    tally = Tally(histogram=True, axis=1)
+    tally.add(np.ones((1, 2, 3), np.float32))
+    before = ValueStatistics.of(tally.state())
+    tally.add(np.ones(shape, np.float32), samples=shape[0])
+    same(ValueStatistics.of(tally.state()), before)
+    gram = GramTally(ConvKind((4, 2, 1), 1, (1,), (1,), (0, 0)), full=True)
+    gram.add(np.ones(shape, np.float32))
+    assert gram.count == 0
+
+
 def test_texts_are_refused():
     with pytest.raises(TypeError, match="not real numbers"):
         Tally().add(np.array(["a"], object))
@@ -209,6 +221,10 @@ KINDS = {
     "conv": (ConvKind((4, 3, 3, 3), 1, (1, 1), (1, 1), (1, 1, 1, 1)), (2, 3, 7, 6)),
     "strided": (ConvKind((4, 3, 3, 2), 1, (2, 3), (1, 2), (1, 0, 2, 1)), (3, 3, 9, 11)),
     "depthwise": (ConvKind((6, 1, 3, 3), 6, (1, 1), (1, 1), (0, 0, 0, 0), "SAME_UPPER"), (2, 6, 5, 5)),
+    "depthwise, strided": (
+        ConvKind((10, 1, 3, 5), 5, (2, 1), (1, 2), (1, 0, 2, 3)),
+        (2, 5, 9, 11),
+    ),
     "pointwise": (ConvKind((4, 3, 1, 1), 2, (1, 1), (1, 1), (0, 0, 0, 0)), (2, 6, 5, 4)),
     "sequence": (ConvKind((4, 3, 5), 1, (1,), (1,), (2, 2)), (2, 3, 8)),
     "transposed": (ConvTransposeKind((3, 4, 3, 3), 1, (2, 2), (1, 1), (1, 1, 1, 1)), (2, 3, 4, 4)),

@@ -12,6 +12,7 @@ from onnxslim_lab.commands.shared import (
     Data,
     Dims,
     Json,
+    Keep,
     Model,
     Quiet,
     Threads,
@@ -68,6 +69,7 @@ def optimize(
     allow_growth: Annotated[
         bool, typer.Option("--allow-growth", help="Save even if the result is larger than the source.")
     ] = False,
+    cache: Keep = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything but save.")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -119,6 +121,7 @@ def optimize(
             runner=runner,
             external=external,
             allow_growth=allow_growth,
+            cache=cache,
             progress=show,
         )
     if report is not None:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from onnxslim_lab.commands.shared import (
     Data,
     Dims,
     Json,
+    Keep,
     Limit,
     Memory,
     Model,
     Quiet,
     Threads,
+    err,
     out,
     print_json,
     progress,
@@ -41,7 +43,7 @@ def sensitivity(
     threads: Threads = 0,
     memory: Memory = "1GiB",
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
-    cache: Annotated[Path | None, typer.Option(help="Folder of statistics to use again.")] = None,
+    cache: Keep = True,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -60,7 +62,7 @@ def sensitivity(
     from onnxslim_lab.quantization.sensitivity import sensitivity as measure  # noqa: PLC0415
     from onnxslim_lab.recipe import parse_step  # noqa: PLC0415
     from onnxslim_lab.sessions import Runner  # noqa: PLC0415
-    from onnxslim_lab.statistics import Calibration  # noqa: PLC0415
+    from onnxslim_lab.statistics import Calibration, default_folder  # noqa: PLC0415
 
     budget = max(64 << 20, read_bytes(memory))
     parsed = [parse_step(step) for step in steps or ["quantize"]]
@@ -69,10 +71,17 @@ def sensitivity(
     with progress(quiet or as_json) as show, Runner(threads=threads, memory=budget) as runner:
         if feeds is None:
             feeds = runnable_data(runner, graph, samples=limit or 8, seed=seed, dims=read_dims(dim))
-        calibration = Calibration(runner, feeds, memory=budget // 2, cache=cache, progress=show)
+        notices: list[str] = []
+        folder = default_folder() if cache else None
+        calibration = Calibration(
+            runner, feeds, memory=budget // 2, cache=folder, progress=show, notices=notices
+        )
         found = measure(
             graph, parsed, calibration, samples=samples, seed=seed, memory=budget // 4, progress=show
         )
+    if not quiet:
+        for notice in notices:
+            err.print(f"note: {escape(notice)}")
     if as_json:
         print_json(found.model_dump_json(indent=2))
     elif not quiet:

@@ -31,6 +31,13 @@ Dims = Annotated[
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use at most so many samples of the data.")]
 Memory = Annotated[str, typer.Option(help="Working memory, such as 512MB or 2GB.")]
+Keep = Annotated[
+    bool,
+    typer.Option(
+        "--cache/--no-cache",
+        help="Keep what is measured on the data in a cache folder, for later runs to use.",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Threads = Annotated[int, typer.Option(min=0, help="Threads of onnxruntime; 0 lets it choose.")]

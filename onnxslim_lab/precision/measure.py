@@ -94,7 +94,8 @@ def _collect(
         return
     graphs = anatomy.graphs
     try:
-        found = calibration.collect(anatomy.model, [Want(graphs[place], name) for place, name in values])
+        wants = [Want(graphs[place], name, average=False) for place, name in values]
+        found = calibration.collect(anatomy.model, wants)
     except LabError:
         if not values[0][0]:
             raise

@@ -6,14 +6,14 @@ import contextlib
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar, cast
 
 import numpy as np
 
-from onnxslim_lab.errors import SaveError
 from onnxslim_lab.graph import Graph, is_op
 from onnxslim_lab.statistics.collected import Place, Statistics, place
 from onnxslim_lab.statistics.gram import Gram
@@ -21,8 +21,13 @@ from onnxslim_lab.statistics.values import Channels, Histogram, ValueStatistics
 from onnxslim_lab.weights import stub_location
 from onnxslim_lab.worker.messages import Value, receive, send
 
-VERSION = 1  # to be raised when results change their meaning
-LARGEST = 4 << 30  # bytes of the folder; the entries used longest ago go first
+VERSION = 2  # to be raised when results change their meaning
+LARGEST = 2 << 30  # bytes of the folder
+_CHECK = 16  # bytes of the hash at the end of an entry
+_PART = ".part"  # ending of files that are being written
+_DEAD = 24 * 3600.0  # seconds after which nobody writes to one any more
+
+Kept = TypeVar("Kept")
 
 
 def default_folder() -> Path:
@@ -93,63 +98,114 @@ def _add(digest: Any, value: Any) -> None:
         digest.update(repr(value).encode())
 
 
+class _Checked:
+    """A binary stream that hashes what goes through it."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self.digest = hashlib.blake2b(digest_size=_CHECK)
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return self._stream.write(data)
+
+    def readinto(self, buffer: memoryview) -> int:
+        count = self._stream.readinto(buffer)  # type: ignore[attr-defined]
+        self.digest.update(buffer[:count])
+        return int(count)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
 class Cache:
-    """A folder of results; a damaged entry counts as none.
+    """A folder of results, for any number of processes at a time.
+
+    An entry ends with a hash of itself. One that is damaged counts as none; a folder that cannot be written to
+    is not written to again. Either is told in `notices` and stops nothing.
 
     Args:
         folder: Made when first written to.
+        notices: Gets a line for what went wrong.
+        largest: Bytes of all entries together; those used longest ago go first.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, notices: list[str] | None = None, *, largest: int = LARGEST) -> None:
         self.folder = folder
+        self.notices = [] if notices is None else notices
+        self._largest = largest
+        self._readable = self._writable = True
 
     def has(self, key: str) -> bool:
         """Whether there is an entry under a key."""
-        return (self.folder / f"{key}.bin").exists()
+        with contextlib.suppress(OSError):
+            return self._path(key).exists()
+        return False
 
-    def get(self, key: str) -> dict[str, Any] | None:
-        """Return what was put under a key, None when it is not there."""
-        path = self.folder / f"{key}.bin"
+    def get(self, key: str, unpack: Callable[[dict[str, Any]], Kept]) -> Kept | None:
+        """Return what `unpack` makes of an entry, None when there is none."""
+        path = self._path(key)
         try:
             with path.open("rb") as stream:
-                found = receive(stream)
-            os.utime(path)
-        except (OSError, EOFError, ValueError, KeyError, TypeError, MemoryError):
+                checked = _Checked(stream)
+                message = receive(cast("BinaryIO", checked))
+                found = unpack(message) if stream.read() == checked.digest.digest() else None
+        except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            if self._readable:
+                self.notices.append(f"calibration results in {self.folder} cannot be read: {error.strerror}")
+            self._readable = False
+            return None
+        except (EOFError, ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError):
+            found = None
+        if found is None:
+            self.notices.append(f"calibration results in {path} are damaged and were measured again")
+            return None
+        with contextlib.suppress(OSError):  # of another user, say
+            os.utime(path)
         return found
 
     def put(self, key: str, message: dict[str, Any]) -> None:
-        """Keep a result: at every moment the entry is there in full or not at all.
-
-        Raises:
-            SaveError: The folder cannot be written to.
-        """
+        """Keep a result: at every moment the entry is there in full or not at all."""
+        if not self._writable:
+            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".part", delete=False) as stream:
+            with tempfile.NamedTemporaryFile(dir=self.folder, suffix=_PART, delete=False) as stream:
                 try:
-                    send(stream, message)  # type: ignore[arg-type]
+                    checked = _Checked(cast("BinaryIO", stream))
+                    send(cast("BinaryIO", checked), message)
+                    stream.write(checked.digest.digest())
                     stream.close()
-                    Path(stream.name).replace(self.folder / f"{key}.bin")
+                    Path(stream.name).replace(self._path(key))
                 except BaseException:
                     Path(stream.name).unlink(missing_ok=True)
                     raise
             self._evict()
         except OSError as error:
-            raise SaveError(
-                f"cannot keep calibration results in {self.folder}: {error.strerror}; name another folder "
-                "in ONNXSLIM_LAB_CALIBRATION_CACHE"
-            ) from error
+            self._writable = False
+            self.notices.append(
+                f"calibration results are not kept: cannot write to {self.folder}: {error.strerror}; name another "
+                "folder in ONNXSLIM_LAB_CALIBRATION_CACHE"
+            )
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{key}.bin"
 
     def _evict(self) -> None:
+        """Remove the entries used longest ago past the limit, and what processes that died left behind."""
         entries = []
-        for path in self.folder.glob("*.bin"):
+        for path in self.folder.iterdir():
             with contextlib.suppress(OSError):  # another process was faster
                 found = path.stat()
-                entries.append((found.st_mtime, found.st_size, path))
+                if path.suffix == ".bin":
+                    entries.append((found.st_mtime, found.st_size, path))
+                elif path.suffix == _PART and time.time() - found.st_mtime > _DEAD:
+                    path.unlink()
         total = sum(size for _, size, _ in entries)
         for _, size, path in sorted(entries):
-            if total <= LARGEST:
+            if total <= self._largest:
                 break
             path.unlink(missing_ok=True)
             total -= size
@@ -186,3 +242,8 @@ def unpack_statistics(message: dict[str, Any]) -> Statistics:
 def pack_gram(gram: Gram) -> dict[str, Any]:
     """Return a Gram matrix as a message."""
     return {"matrix": gram.matrix, "total": gram.total, "count": gram.count}
+
+
+def unpack_gram(message: dict[str, Any]) -> Gram:
+    """Return the Gram matrix that a message holds."""
+    return Gram(**message)

@@ -20,6 +20,7 @@ from onnxslim_lab.statistics.cache import (
     model_digest,
     pack_gram,
     pack_statistics,
+    unpack_gram,
     unpack_statistics,
 )
 from onnxslim_lab.statistics.collected import Place, Statistics, Want, place
@@ -27,7 +28,8 @@ from onnxslim_lab.statistics.collected import key as key_of_value
 from onnxslim_lab.statistics.gathering import Gathering, arrangement, gram_input
 from onnxslim_lab.statistics.gram import Gram
 from onnxslim_lab.statistics.hooked import Observer
-from onnxslim_lab.statistics.pass_over import Feeds, Pass, sample_count
+from onnxslim_lab.statistics.over_feeds import Feeds, sample_count
+from onnxslim_lab.statistics.range_pass import RangePass
 from onnxslim_lab.statistics.values import ValueStatistics
 from onnxslim_lab.worker.messages import Value
 from onnxslim_lab.worker.tally import Array, Tally
@@ -52,6 +54,7 @@ class Calibration:
         cache: Folder of results to use again, keyed by the content of model, data and options; None for
             no cache.
         progress: Called as progress(feeds done, feeds, what).
+        notices: Gets a line where the cache cannot be used.
 
     Raises:
         ParameterError: The memory is too little.
@@ -65,13 +68,14 @@ class Calibration:
         memory: int = 1 << 30,
         cache: Path | None = None,
         progress: Progress = silent,
+        notices: list[str] | None = None,
     ) -> None:
         if memory < _LEAST_MEMORY:
             raise ParameterError(f"memory must be at least {_LEAST_MEMORY} bytes, not {memory}")
         self.runner = runner
         self.data = data
         self.memory = memory
-        self._cache = Cache(cache) if cache is not None else None
+        self._cache = Cache(cache, notices) if cache is not None else None
         self._digests: dict[int, bytes] = {}
         self.progress = progress
 
@@ -87,28 +91,31 @@ class Calibration:
             SessionError: onnxruntime cannot run the model.
         """
         feeds = self._feeds(None)
+        wants = list(wants)
         tallies = _tallies(wants)
+        average = any(want.average or want.histogram or want.axis is not None for want in wants)
         if self._cache is None:
-            return self._collect(model, feeds, tallies)
+            return self._collect(model, feeds, tallies, average=average)
         options = sorted((key, tally.histogram, tally.axis) for key, (_, tally) in tallies.items())
-        key = key_of("collect", model_digest(model), self._digest(feeds), options)
-        kept = self._cache.get(key)
+        key = key_of("collect", model_digest(model), self._digest(feeds), options, average)
+        kept = self._cache.get(key, unpack_statistics)
         if kept is not None:
-            return unpack_statistics(kept)
-        found = self._collect(model, feeds, tallies)
+            return kept
+        found = self._collect(model, feeds, tallies, average=average)
         self._cache.put(key, pack_statistics(found))
         return found
 
-    def _collect(self, model: Graph, feeds: Feeds, tallies: Tallies) -> Statistics:
-        """Measure what is not in the cache."""
+    def _collect(self, model: Graph, feeds: Feeds, tallies: Tallies, *, average: bool) -> Statistics:
+        """Measure what is not in the cache; `average`: more than ranges."""
         found: dict[tuple[Place, str], ValueStatistics] = {}
         missing: dict[tuple[Place, str], str] = {}
         graphs = {place(graph): graph for graph in model.walk()}
         main = {value: tally for (at, value), (_, tally) in tallies.items() if not at}
         if main:
             try:
-                run = Pass(self.runner, model, feeds, self.memory, self.progress)
-                found = {((), name): statistics for name, statistics in run.run(main).items()}
+                run = RangePass(self.runner, model, feeds, self.memory, self.progress)
+                measured = run.run(main) if average else run.ranges(main)
+                found = {((), name): seen for name, seen in measured.items() if name not in run.wrong}
                 missing = {((), name): why for name, why in run.wrong.items()}
             except SessionTooLarge:
                 main = {}
@@ -171,9 +178,9 @@ class Calibration:
         measured = gathering.run(absent)
         waiting = {id(layer) for layer in absent}
         for layer, key in zip(layers, keys, strict=True):
-            kept = None if id(layer) in waiting else self._cache.get(key)
+            kept = None if id(layer) in waiting else self._cache.get(key, unpack_gram)
             if kept is not None:
-                yield layer, Gram(**kept)
+                yield layer, kept
                 continue
             gram = next(measured if id(layer) in waiting else gathering.run([layer]))
             self._cache.put(key, pack_gram(gram))

@@ -30,12 +30,15 @@ class Want:
         value: The value's name there.
         histogram: Whether to count its elements by magnitude.
         axis: Measure each index of this axis too.
+        average: Whether the means over the samples of their extremes are wanted. Ranges without them cost
+            least: what a Relu or Clip has reached once, or what follows from other ranges, is not measured.
     """
 
     graph: Graph
     value: str
     histogram: bool = False
     axis: int | None = None
+    average: bool = True
 
 
 def place(graph: Graph) -> Place:

@@ -10,7 +10,7 @@ from onnx import NodeProto
 
 from onnxslim_lab.graph import Graph, attribute, domain_of
 
-_MOVING = {
+MOVING = {
     "Identity",
     "Reshape",
     "Flatten",
@@ -20,7 +20,7 @@ _MOVING = {
     "DepthToSpace",
     "SpaceToDepth",
 }
-_FINITE = _MOVING | {  # finite results for finite inputs, short of overflow
+_FINITE = MOVING | {  # finite results for finite inputs, short of overflow
     "Add",
     "AveragePool",
     "BatchNormalization",
@@ -132,7 +132,7 @@ def source_of(graph: Graph, value: str, measured: Container[str]) -> Source | No
         return Source(source, fixed_pads=pads, fill=fill) if min(pads, default=-1) >= 0 else None
     if source not in measured:
         return None
-    if node.op_type in _MOVING:
+    if node.op_type in MOVING:
         return Source(source)
     clipped = bounds(graph, node)
     return Source(source, *clipped) if clipped else None

@@ -14,9 +14,9 @@ from onnxslim_lab.sessions import Runner, SessionTooLarge
 from onnxslim_lab.statistics.collected import Place, key, place
 from onnxslim_lab.statistics.gram import Gram
 from onnxslim_lab.statistics.hooked import Observer
-from onnxslim_lab.statistics.pass_over import Feeds, sample_count
+from onnxslim_lab.statistics.instrument import Instruments
+from onnxslim_lab.statistics.over_feeds import Feeds, OverFeeds
 from onnxslim_lab.worker.grams import GramTally, pack_kind
-from onnxslim_lab.worker.messages import Value
 
 _SHARE = 4  # of the memory, for the matrices of a group: they are there twice when they change processes
 
@@ -41,23 +41,11 @@ def arrangement(layer: Layer) -> str:
     return repr((sorted(form.items()), shape))
 
 
-class Gathering:
-    """Measures the Gram matrices of layers.
-
-    Args:
-        runner: Runs the model.
-        model: The main graph.
-        feeds: The data.
-        memory: Bytes to use.
-        progress: Called after each feed.
-    """
+class Gathering(OverFeeds):
+    """Measures the Gram matrices of layers."""
 
     def __init__(self, runner: Runner, model: Graph, feeds: Feeds, memory: int, progress: Progress) -> None:
-        self._runner = runner
-        self._model = model
-        self._feeds = feeds
-        self._memory = memory
-        self._progress = progress
+        super().__init__(runner, model, feeds, memory, progress)
         self._graphs = {place(graph): graph for graph in model.walk()}
         self._values: dict[int, str] = {}
         self._places: dict[int, Place] = {}
@@ -127,17 +115,10 @@ class Gathering:
             {"value": values[at], "kind": pack_kind(layers[at].kind), "full": self.is_full(layers[at])}
             for at in first.values()
         ]
-
-        def feeds() -> Iterator[tuple[int, dict[str, Value], int]]:
-            for number, feed in enumerate(self._feeds):
-                yield number, feed, sample_count(self._model, feed)
-                self._progress(number + 1, len(self._feeds), what)
-
-        specification = {"exposed": {}, "reduced": {}, "derived": {}, "grams": forms}
         told = self._runner.measure(
             self._model,
-            feeds(),
-            specification,
+            self._numbered(what=what),
+            Instruments(grams=forms).specification,
             outputs=list(dict.fromkeys(values[at] for at in first.values())),
         )
         grams = {

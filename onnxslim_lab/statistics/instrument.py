@@ -22,8 +22,8 @@ from onnxslim_lab.worker.tally import Tally
 
 Shape = tuple[int, ...]
 
-_REDUCED = {TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.INT32, TensorProto.INT64}
-_FLOATS = {TensorProto.FLOAT, TensorProto.DOUBLE}
+REDUCED = {TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.INT32, TensorProto.INT64}
+FLOATS = {TensorProto.FLOAT, TensorProto.DOUBLE}
 _PREFIX = "onnxslim_lab.measured"
 _BEFORE_CLIP = {"Conv", "BatchNormalization", "Add"}
 
@@ -34,7 +34,7 @@ class Instruments:
 
     Attributes:
         nodes, outputs: To add.
-        exposed, reduced, derived: Arguments of worker.measure.Measurement.
+        exposed, reduced, derived, grams, running: Arguments of worker.measure.Measurement.
     """
 
     nodes: list[NodeProto] = field(default_factory=list)
@@ -42,6 +42,10 @@ class Instruments:
     exposed: dict[str, dict[str, Any]] = field(default_factory=dict)
     reduced: dict[str, dict[str, Any]] = field(default_factory=dict)
     derived: dict[str, dict[str, Any]] = field(default_factory=dict)
+    grams: list[dict[str, Any]] = field(default_factory=list)
+    running: dict[str, dict[str, str]] = field(
+        default_factory=lambda: {"lows": {}, "highs": {}, "sums": {}, "sizes": {}}
+    )
 
     def add(self, operator: str, inputs: Sequence[str], **attributes: Any) -> str:
         """Add a node with one output and return that output."""
@@ -63,7 +67,8 @@ class Instruments:
     @property
     def specification(self) -> dict[str, Any]:
         """What the child takes."""
-        return {"exposed": self.exposed, "reduced": self.reduced, "derived": self.derived, "grams": []}
+        names = ("exposed", "reduced", "derived", "grams", "running")
+        return {name: getattr(self, name) for name in names}
 
 
 def sample_axes(model: Graph, values: Sequence[str], batch: str) -> dict[str, int | None]:
@@ -107,7 +112,7 @@ def instrument(
     hidden += [
         name
         for name in model.inputs
-        if name not in wanted and model.dtype_of(name) in _FLOATS and model.consumers(name)
+        if name not in wanted and model.dtype_of(name) in FLOATS and model.consumers(name)
     ]
     order = list(dict.fromkeys([*hidden, *wanted]))
     reducible = {
@@ -116,7 +121,7 @@ def instrument(
         if (name in plain or name not in wanted)
         and name not in full
         and opset >= 1
-        and model.dtype_of(name) in _REDUCED
+        and model.dtype_of(name) in REDUCED
     }
     for name in order:
         source = sources.get(name)
@@ -158,7 +163,7 @@ def _reduce(
 ) -> None:
     """Add what reduces a value to its extremes, for each sample where its rank is known."""
     form: dict[str, Any] = {"samples": axis, "shape": "", "bound": None}
-    clipped = _clipped_image(model, name, shape) if steady else None
+    clipped = clipped_image(model, name, shape) if steady else None
     if clipped is not None and shape is not None:
         strides = [max(1, min(8, size // 4)) for size in shape[2:]]
         form["bound"], form["size"] = clipped, list(shape)
@@ -180,12 +185,12 @@ def _reduce(
         form["low"] = made.add("ReduceMin", inputs, **attributes)
         form["high"] = made.add("ReduceMax", inputs, **attributes)
     form["sum"] = ""
-    if model.dtype_of(name) in _FLOATS and not finite(model, name, measured):
+    if model.dtype_of(name) in FLOATS and not finite(model, name, measured):
         form["sum"] = made.add("ReduceSum", [name], keepdims=0)
     made.reduced[name] = form
 
 
-def _clipped_image(model: Graph, name: str, shape: Shape | None) -> float | None:
+def clipped_image(model: Graph, name: str, shape: Shape | None) -> float | None:
     """Return the bound below an image that a convolution's Relu or Clip gives, None for anything else."""
     node = model.producer(name)
     if node is None or shape is None or len(shape) not in (4, 5) or model.dtype_of(name) != TensorProto.FLOAT:

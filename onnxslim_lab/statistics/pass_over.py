@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,23 +14,14 @@ from onnxslim_lab.base import Progress
 from onnxslim_lab.graph import Graph
 from onnxslim_lab.sessions import Runner
 from onnxslim_lab.statistics.instrument import Instruments, Shape, instrument, sample_axes
+from onnxslim_lab.statistics.over_feeds import Feeds, OverFeeds
 from onnxslim_lab.statistics.values import ValueStatistics
 from onnxslim_lab.worker.messages import Value
 from onnxslim_lab.worker.tally import BINS, Tally
 
-Feeds = Sequence[dict[str, Value]]
 Found = dict[str, ValueStatistics]
 
 _LOOK = 8  # feeds whose shapes are compared
-
-
-def sample_count(model: Graph, feed: Mapping[str, Value]) -> int:
-    """Return the number of samples of a feed: the first size of its first input with axes."""
-    for name in model.inputs:
-        value = feed.get(name)
-        if isinstance(value, np.ndarray) and value.ndim:
-            return int(value.shape[0])
-    return 1
 
 
 def batch_symbol(model: Graph) -> str:
@@ -46,31 +37,18 @@ def _shapes(feed: Mapping[str, Value]) -> dict[str, Shape]:
     return {name: value.shape for name, value in feed.items() if isinstance(value, np.ndarray)}
 
 
-class Pass:
-    """Measures values of the main graph.
-
-    Args:
-        runner: Runs the model.
-        model: The main graph.
-        feeds: The data.
-        memory: Bytes to use.
-        progress: Called after each feed.
-    """
+class Pass(OverFeeds):
+    """Measures values of the main graph, everything there is to know of them."""
 
     def __init__(self, runner: Runner, model: Graph, feeds: Feeds, memory: int, progress: Progress) -> None:
-        self._runner = runner
-        self._model = model
-        self._feeds = feeds
-        self._memory = memory
-        self._progress = progress
+        super().__init__(runner, model, feeds, memory, progress)
         self.wrong: dict[str, str] = {}
 
     def run(self, wanted: Mapping[str, Tally]) -> Found:
         """Return the statistics of values; `wrong` says which cannot be had, and why."""
         model = self._model
-        order = {name: index for index, name in enumerate(_names(model))}
-        wanted = dict(sorted(wanted.items(), key=lambda item: order.get(item[0], -1)))
-        axes = sample_axes(model, [*wanted, *model.inputs, *order], batch_symbol(model))
+        wanted = {name: wanted[name] for name in self.in_order(wanted)}
+        axes = sample_axes(model, list(_names(model)), batch_symbol(model))
         spread = (len(self._feeds) * step // _LOOK for step in range(_LOOK))
         looked = [_shapes(self._feeds[index]) for index in sorted({*spread, len(self._feeds) - 1})]
         steady = all(shapes == looked[0] for shapes in looked)
@@ -90,14 +68,24 @@ class Pass:
             made = instrument(model, group, full=full & group.keys(), axes=axes, shapes=shapes, steady=steady)
             what = "calibration" if len(groups) == 1 else f"calibration, part {number + 1} of {len(groups)}"
             told = self._measure(made, range(len(self._feeds)), parallel, what)
-            found.update(_statistics(told, group))
+            found.update(statistics_of(told, group))
             if told["again"]:
-                names = {name: Tally() for name in (*made.reduced, *made.derived) if name in group}
-                for part in self._groups(names, frozenset(names), shapes, parallel):
-                    whole = instrument(model, part, full=frozenset(part), axes=axes, shapes=shapes)
-                    more = self._measure(whole, told["again"], parallel, "calibration, uncertain ones again")
-                    for name, statistics in _statistics(more, part).items():
-                        found[name] = found[name].merge(statistics) if name in found else statistics
+                names = [name for name in (*made.reduced, *made.derived) if name in group]
+                merge(found, self.again(names, told["again"], shapes, parallel))
+        return found
+
+    def again(
+        self, names: Iterable[str], numbers: Iterable[int], shapes: Mapping[str, Shape], parallel: int
+    ) -> Found:
+        """Return the ranges of values on some feeds, measured in full."""
+        tallies = {name: Tally() for name in names}
+        numbers = list(numbers)
+        axes = sample_axes(self._model, list(tallies), batch_symbol(self._model))
+        found: Found = {}
+        for part in self._groups(tallies, frozenset(tallies), shapes, parallel):
+            whole = instrument(self._model, part, full=frozenset(part), axes=axes, shapes=shapes)
+            told = self._measure(whole, numbers, parallel, "calibration, uncertain ones again")
+            found.update(statistics_of(told, part))
         return found
 
     def _pooled(self, wanted: Any, full: Any, axes: Any, shapes: Any) -> Iterator[bool]:
@@ -107,18 +95,26 @@ class Pass:
         )
         return (form["bound"] is not None for form in made.reduced.values())
 
+    def in_order(self, names: Iterable[str]) -> list[str]:
+        """Return values in topological order."""
+        order = {name: index for index, name in enumerate(_names(self._model))}
+        return sorted(names, key=lambda name: order.get(name, -1))
+
     def _measure(
-        self, made: Instruments, numbers: Iterable[int], parallel: int, what: str = ""
+        self,
+        made: Instruments,
+        numbers: Iterable[int],
+        parallel: int,
+        what: str = "",
+        of: int | None = None,
+        each: Callable[[dict[str, Value]], None] = lambda _: None,
     ) -> dict[str, Any]:
-        """Measure the feeds with these numbers."""
-        numbers = list(numbers)
+        """Measure the feeds with these numbers; `each` is called with each of them."""
 
         def feeds() -> Iterator[tuple[int, dict[str, Value], int]]:
-            for done, number in enumerate(numbers):
-                feed = self._feeds[number]
-                yield number, feed, sample_count(self._model, feed)
-                if what:
-                    self._progress(done + 1, len(numbers), what)
+            for item in self._numbered(numbers, what, of):
+                each(item[1])
+                yield item
 
         told = self._runner.measure(
             self._model,
@@ -172,7 +168,14 @@ def _names(model: Graph) -> Iterator[str]:
     return itertools.chain(model.inputs, model.initializers, made)
 
 
-def _statistics(told: Mapping[str, Any], wanted: Mapping[str, Tally]) -> Found:
+def merge(found: Found, more: Found) -> None:
+    """Merge more statistics into those found."""
+    for name, statistics in more.items():
+        found[name] = found[name].merge(statistics) if name in found else statistics
+
+
+def statistics_of(told: Mapping[str, Any], wanted: Collection[str]) -> Found:
+    """Return the statistics that the tallies of a measurement hold, of the values that can be measured."""
     return {
         name: ValueStatistics.of(state)
         for name, state in told["values"].items()

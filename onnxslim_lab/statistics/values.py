@@ -173,8 +173,9 @@ class ValueStatistics:
         count: Elements.
         nonfinite: Those that are NaN or infinite; they count in nothing else.
         low, high: Least and greatest finite element; inf and -inf (see `empty`) where there is none.
-        average_low, average_high: Means over the samples of the least and the greatest element of each.
-        samples: Samples with a finite element.
+        average_low, average_high: Means over the samples of the least and the greatest element of each; NaN
+            where they were not asked for.
+        samples: Samples with a finite element; 0 where no averages were asked for.
         histogram: Of all finite elements, if asked for.
         channels: Statistics along an axis, if asked for.
     """

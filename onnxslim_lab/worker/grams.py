@@ -19,6 +19,7 @@ _KINDS: dict[str, type[Kind]] = {
     for kind in (ConvKind, ConvTransposeKind, GatherKind, GemmKind, RecurrentKind, EinsumKind, MatMulKind)
 }
 _BLOCK = 8 << 20  # bytes of rows made at a time
+_NEAR = 1 << 20  # bytes that stay in the cache of a core
 
 
 def pack_kind(kind: Kind) -> dict[str, Any]:
@@ -92,13 +93,18 @@ class GramTally:
             self._count_entries(x)
             return
         x = x.astype(np.float32, copy=False)
-        if x.size and not (np.isfinite(x.min()) and np.isfinite(x.max())):
+        if not x.size:
+            return
+        if not (np.isfinite(x.min()) and np.isfinite(x.max())):
             for rows in row_blocks(self.kind, x):
                 bad = ~np.isfinite(rows).all(axis=(0, 2))
                 self.nonfinite += int(bad.sum())
                 self._add_rows(rows[:, ~bad])
         elif self._plain(x):
             self._add_channels(x)
+        elif self._depthwise(x):
+            for sample in x:
+                self._add_windows(sample)
         else:
             for rows in row_blocks(self.kind, x):
                 self._add_rows(rows)
@@ -125,6 +131,45 @@ class GramTally:
                 self.matrix += np.square(sample, dtype=np.float64).sum(axis=2)
             self.total += sample.sum(axis=2, dtype=np.float64)
         self.count += x.shape[0] * split.shape[3]
+
+    def _depthwise(self, x: Array) -> bool:
+        """Whether each channel of an image has a window of its own, few enough rows to be taken at once."""
+        kind = self.kind
+        return (
+            type(kind) is ConvKind
+            and kind.weight_shape[1] == 1
+            and x.ndim == len(kind.weight_shape) == 4
+            and kind.shape[2] * math.prod(x.shape[2:]) * x.itemsize <= _BLOCK
+            and self.matrix.ndim == 3
+        )
+
+    def _add_windows(self, sample: Array) -> None:
+        """Add (C, H, W): places of the window are rows here and images its columns, so that copies are long."""
+        kind = self.kind
+        assert isinstance(kind, ConvKind)
+        kernel = kind.weight_shape[2:]
+        pads = conv_pads(sample.shape[1:], kernel, kind.strides, kind.dilations, kind.pads, kind.auto_pad)
+        padded = np.pad(sample, [(0, 0), *pads]) if np.any(pads) else sample
+        reach = [(k - 1) * d for k, d in zip(kernel, kind.dilations, strict=True)]
+        size = [(n - r - 1) // s + 1 for n, r, s in zip(padded.shape[1:], reach, kind.strides, strict=True)]
+        if min(size) < 1:
+            return
+        places, count = math.prod(kernel), math.prod(size)
+        step = max(1, _NEAR // (places * count * sample.itemsize))
+        rows = np.empty((step, places, *size), sample.dtype)
+        for start in range(0, len(padded), step):
+            part = padded[start : start + step]
+            for place, offset in enumerate(np.ndindex(*kernel)):
+                firsts = [at * d for at, d in zip(offset, kind.dilations, strict=True)]
+                window = tuple(
+                    slice(first, first + (n - 1) * s + 1, s)
+                    for first, n, s in zip(firsts, size, kind.strides, strict=True)
+                )
+                rows[: len(part), place] = part[(slice(None), *window)]
+            flat = rows[: len(part)].reshape(len(part), places, count)
+            self.matrix[start : start + step] += flat @ flat.swapaxes(1, 2)
+            self.total[start : start + step] += flat.sum(axis=2)
+        self.count += count
 
     def _add_rows(self, rows: Array) -> None:
         step = max(1, _BLOCK // max(1, rows.shape[0] * rows.shape[2] * 4))

@@ -19,6 +19,7 @@ import numpy as np
 from onnxslim_lab.worker.binding import needs_binding, run_bound
 from onnxslim_lab.worker.grams import GramTally, unpack_kind
 from onnxslim_lab.worker.messages import Value
+from onnxslim_lab.worker.running import HUGE, RunningRanges
 from onnxslim_lab.worker.tally import Array, Extremes, Tally, by_sample
 
 _CTYPES: dict[str, Any] = {
@@ -35,7 +36,6 @@ _CTYPES: dict[str, Any] = {
     "tensor(uint8)": np.uint8,
     "tensor(bool)": np.bool_,
 }
-_HUGE = 1e9  # products of two smaller numbers, and sums of these, stay far from overflow
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Reduced:
             return Extremes(0, 0, [], [])
         lows, weight = _per_sample(outputs[self.low], samples, axis, np.minimum)
         highs, _ = _per_sample(outputs[self.high], samples, axis, np.maximum)
-        if not all(-_HUGE < low <= high < _HUGE for low, high in zip(lows, highs, strict=True)):
+        if not all(-HUGE < low <= high < HUGE for low, high in zip(lows, highs, strict=True)):
             return None
         if self.bound is not None and max(lows) > self.bound:
             return None
@@ -143,6 +143,7 @@ class Measurement:
         reduced: Values reduced inside the graph: name -> fields of Reduced, and "samples".
         derived: Values that follow from those: name -> fields of Derived.
         grams: Layers: [{"value", "kind", "full"}].
+        running: Values of which only the range is wanted: arguments of RunningRanges.
         parallel: Feeds to run at a time.
     """
 
@@ -153,6 +154,7 @@ class Measurement:
         reduced: dict[str, Any],
         derived: dict[str, Any],
         grams: list[dict[str, Any]],
+        running: dict[str, Any],
         parallel: int,
     ) -> None:
         self._session = session
@@ -165,6 +167,7 @@ class Measurement:
         self._grams = [
             (form["value"], GramTally(unpack_kind(form["kind"]), full=form["full"])) for form in grams
         ]
+        self._ranges = RunningRanges(**running)
         self._wanted = self._outputs()
         self._pool = ThreadPoolExecutor(parallel)
         self._parallel = parallel
@@ -181,6 +184,7 @@ class Measurement:
             names += [reduced.low, reduced.high, reduced.shape, reduced.sum]
         for derived in self._derived.values():
             names.append(derived.pads)
+        names += self._ranges.outputs
         return [name for name in dict.fromkeys(names) if name]
 
     def feed(self, number: int, feed: dict[str, Value], samples: int) -> None:
@@ -195,8 +199,9 @@ class Measurement:
         Returns:
             values: State of the Tally of each value.
             grams: State of each GramTally.
-            again: Numbers of the feeds whose reduced and derived values are not in the tallies.
-            doubtful: Reduced values that were the cause, and how often.
+            running: State of the RunningRanges.
+            again: Numbers of the feeds whose reduced, derived and running values are not in the tallies.
+            doubtful: Reduced and running values that were the cause, and how often.
             wrong: Values that cannot be measured, and why.
             shapes: Shape of each reduced or exposed value in the last run.
         """
@@ -207,6 +212,7 @@ class Measurement:
         return {
             "values": {name: tally.state() for name, tally in tallies.items()},
             "grams": [tally.state() for _, tally in self._grams],
+            "running": self._ranges.state(),
             "again": self._again,
             "doubtful": self._doubtful,
             "wrong": self._wrong,
@@ -266,7 +272,12 @@ class Measurement:
             certain[name] = derived.follow(source, outputs, shape) if source else None
             if not derived.padded and shape is not None:
                 self._shapes[name] = shape
-        if any(extremes is None for extremes in certain.values()):
+        uncertain = any(extremes is None for extremes in certain.values())
+        if not uncertain:
+            for name in self._ranges.take(outputs):
+                self._doubtful[name] = self._doubtful.get(name, 0) + 1
+                uncertain = True
+        if uncertain:
             self._again.append(number)
             return
         for name, extremes in certain.items():

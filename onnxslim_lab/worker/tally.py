@@ -73,6 +73,8 @@ def by_sample(array: Array, samples: int, axis: int | None) -> tuple[Array, int]
         samples: Samples in the feed of that run.
         axis: Where the samples are; None when not known: along the first axis if it can be split.
     """
+    if not array.size:
+        return array.reshape(1, 0), max(samples, 1)
     if axis is not None and axis < array.ndim and array.shape[axis] == samples:
         return np.moveaxis(array, axis, 0).reshape(samples, -1), 1
     if array.ndim and samples and array.shape[0] % samples == 0:
@@ -148,6 +150,8 @@ class ChannelTally:
         axis = self.axis % array.ndim
         size = array.shape[axis]
         self.grow(size)
+        if not array.size:
+            return
         outer = int(np.prod(array.shape[:axis]))
         split = array.reshape(outer, size, -1)
         here = slice(0, size)
