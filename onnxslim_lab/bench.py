@@ -125,6 +125,7 @@ def _times(
         low_seconds=low,
         high_seconds=high,
         slowest=list(profile[:_TOP]),
+        seconds=tuple(float(value) for value in seconds),
     )
 
 
@@ -154,18 +155,30 @@ def file_bytes(path: Path) -> int:
         ModelError: It cannot be read.
     """
     try:
+        return sum(part.stat().st_size for part in model_files(path))
+    except OSError as error:
+        raise ModelError(f"cannot read {quote(str(path))}: {error.strerror}") from error
+
+
+def model_files(path: Path) -> list[Path]:
+    """Return a model file and the files of external data that it names.
+
+    Raises:
+        ModelError: It cannot be read.
+    """
+    try:
         model = onnx.load(path, load_external_data=False)
-        places = {
-            entry.value
-            for tensor in model.graph.initializer
-            for entry in tensor.external_data
-            if entry.key == "location"
-        }
-        return path.stat().st_size + sum((path.parent / place).stat().st_size for place in places)
     except OSError as error:
         raise ModelError(f"cannot read {quote(str(path))}: {error.strerror}") from error
     except Exception as error:  # protobuf has no error class of its own in every version
         raise ModelError(f"{quote(str(path))} is not an ONNX model: {one_line(str(error))}") from error
+    places = {
+        entry.value
+        for tensor in model.graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    return [path, *(path.parent / place for place in sorted(places))]
 
 
 def machine() -> str:

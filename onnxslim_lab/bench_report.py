@@ -39,6 +39,7 @@ class ModelTimes(_Part):
         model_bytes: The part of it that loading and running added.
         median_seconds, low_seconds, high_seconds: Latency of one run: median, 5 % and 95 % quantile.
         slowest: The nodes that take longest.
+        seconds: The latency in each pair, in order.
     """
 
     path: str
@@ -50,6 +51,7 @@ class ModelTimes(_Part):
     low_seconds: float
     high_seconds: float
     slowest: list[NodeTime]
+    seconds: tuple[float, ...] = ()
 
 
 class OperatorTimes(_Part):

@@ -14,6 +14,7 @@ from onnxslim_lab.commands.bench import bench
 from onnxslim_lab.commands.check_target import check_target
 from onnxslim_lab.commands.compare import compare
 from onnxslim_lab.commands.demo import demo
+from onnxslim_lab.commands.gate import gate
 from onnxslim_lab.commands.inspect import inspect
 from onnxslim_lab.commands.optimize import optimize
 from onnxslim_lab.commands.passes import passes
@@ -25,13 +26,13 @@ from onnxslim_lab.errors import InternalError, LabError
 app = typer.Typer(
     name="onnxslim-lab",
     help="Make an exported ONNX model smaller and faster without making it worse, and prove it.",
-    epilog="Exit codes: 0 ok, 1 a verdict failed, 2 bad usage or input, 3 internal error.",
+    epilog="Exit codes: 0 ok, 1 a verdict failed, 2 bad usage or input, 3 internal error; `gate --help` lists those of gate.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for _command in (optimize, inspect, compare, sensitivity, bench, check_target, passes, demo):
+for _command in (optimize, inspect, compare, sensitivity, bench, check_target, gate, passes, demo):
     app.command()(_command)
 app.add_typer(recipe_app, name="recipe")
 

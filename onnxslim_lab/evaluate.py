@@ -78,7 +78,25 @@ def _recomputed(
     labels: Array | None,
     seed: int,
 ) -> tuple[float, float] | None:
-    """Bootstrap over feeds, recomputing metrics that give one number: the last minus the first if two."""
+    """Return the 95 % percentile interval of `resampled`."""
+    values = resampled(calls, outputs, labels, seed)
+    if values is None:
+        return None
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def resampled(
+    calls: Sequence[Callable[[Sequence[Feed], Array | None], float]],
+    outputs: Sequence[Sequence[Feed]],
+    labels: Array | None,
+    seed: int,
+) -> Float64 | None:
+    """Bootstrap over feeds, recomputing metrics that give one number: the last minus the first if two.
+
+    Returns:
+        One value for each resample; None with fewer than ten feeds, or labels that cannot follow the feeds.
+    """
     count = len(outputs[0])
     if count < 10 or (labels is not None and len(labels) % count):
         return None
@@ -90,8 +108,7 @@ def _recomputed(
         own = None if labels is None or rows is None else labels[rows[picked].ravel()]
         found = [call([some[i] for i in picked], own) for call, some in zip(calls, outputs, strict=True)]
         values.append(found[-1] - found[0] if len(found) > 1 else found[0])
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(low), float(high)
+    return np.asarray(values)
 
 
 def _single(
@@ -105,7 +122,7 @@ def _single(
 ) -> MetricResult:
     """Return a metric with its interval."""
     if isinstance(values, float):
-        interval = _recomputed([_scalar(metric)], [outputs], labels, seed)
+        interval = _recomputed([one_number(metric)], [outputs], labels, seed)
         method = f"bootstrap over feeds, {_RECOMPUTED} resamples, seed {seed}"
         if interval is None:
             method = "no interval: the metric gives one number and there are too few feeds to resample"
@@ -120,7 +137,7 @@ def _single(
     return MetricResult(metric.name, value, low, high, count, method, random)
 
 
-def _scalar(metric: Metric) -> Callable[[Sequence[Feed], Array | None], float]:
+def one_number(metric: Metric) -> Callable[[Sequence[Feed], Array | None], float]:
     """Return a metric as a function that must give one number."""
 
     def call(outputs: Sequence[Feed], labels: Array | None) -> float:
@@ -206,7 +223,7 @@ def _paired(
     """Return the difference of a metric with its paired interval."""
     name, difference, p_value = metric.name, second.value - first.value, None
     if isinstance(before, float) or isinstance(after, float):
-        interval = _recomputed([_scalar(metric)] * 2, [reference, result], labels, seed)
+        interval = _recomputed([one_number(metric)] * 2, [reference, result], labels, seed)
         method = f"paired bootstrap over feeds, {_RECOMPUTED} resamples, seed {seed}"
         if interval is None:
             method = "no interval: the metric gives one number and there are too few feeds to resample"

@@ -68,6 +68,12 @@ def mcnemar(first: int, second: int) -> float:
 
 def bootstrap_mean(values: Float64, seed: int = 0) -> tuple[float, float]:
     """Return the 95 % percentile interval of the mean by resampling the samples (Efron 1979)."""
+    low, high = np.quantile(bootstrap_means(values, seed), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def bootstrap_means(values: Float64, seed: int = 0) -> Float64:
+    """Return the means of resampled samples, (RESAMPLES,)."""
     generator = np.random.default_rng(seed)
     count = len(values)
     means = np.empty(RESAMPLES)
@@ -75,5 +81,4 @@ def bootstrap_mean(values: Float64, seed: int = 0) -> tuple[float, float]:
     for start in range(0, RESAMPLES, step):
         stop = min(start + step, RESAMPLES)
         means[start:stop] = values[generator.integers(0, count, (stop - start, count))].mean(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
+    return means

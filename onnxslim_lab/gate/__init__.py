@@ -1,0 +1,1 @@
+"""The gate before deployment: budgets, verdicts that can be trusted, and their outputs."""
