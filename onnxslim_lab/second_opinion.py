@@ -10,6 +10,7 @@ from onnxslim_lab.graph import Graph, domain_of
 from onnxslim_lab.judging import judge
 from onnxslim_lab.metrics import Feed, compare_outputs
 from onnxslim_lab.precision.rounding import rounding_explains
+from onnxslim_lab.quantization.weight_opinion import rounded_inputs_explain
 from onnxslim_lab.report import Verdict
 from onnxslim_lab.rewriting.signature import is_random
 from onnxslim_lab.runtime import Interpreter, supports
@@ -56,6 +57,9 @@ def second_opinion(
     rounding = rounding_explains(graph, compare_outputs(given, mine))
     if rounding:
         return verdict.model_copy(update={"status": "passed", "reason": rounding})
+    agreed = rounded_inputs_explain(graph, used, given, mine, runner, tolerance)
+    if agreed is not None:
+        return agreed
     try:
         judgement = judge_segments(graph, used, runner, interpreter, tolerance)
     except LabError as error:

@@ -11,12 +11,13 @@ from onnxslim_lab.base import Progress, silent
 from onnxslim_lab.data import Dataset
 from onnxslim_lab.graph import Graph, domain_of
 from onnxslim_lab.profiles import Profile
+from onnxslim_lab.quantization.operands import codes_shape
+from onnxslim_lab.saturation import Saturation, find_saturation
 from onnxslim_lab.targets.finding import Finding, Severity, merged
 from onnxslim_lab.targets.fusing import explain
 from onnxslim_lab.targets.group import Group
 from onnxslim_lab.targets.qdq import is_dequantize, is_quantize, parameters
 from onnxslim_lab.targets.report import TargetReport
-from onnxslim_lab.targets.saturation import Saturation, find_saturation
 from onnxslim_lab.targets.signed import breaks_loading
 
 __all__ = ["Finding", "TargetReport", "check_target", "target_report"]
@@ -195,7 +196,7 @@ def _quantizer(graph: Graph, node: NodeProto, profile: Profile) -> Iterator[Find
     """Yield what is wrong with a Q or DQ node itself: its type, zero point and opset."""
     found = parameters(graph, node)
     name = node.name or node.output[0]
-    constant = is_dequantize(node) and graph.is_constant(node.input[0])
+    constant = is_dequantize(node) and codes_shape(graph, node.input[0]) is not None
     allowed = {*profile.weight_types, *profile.weight_only_types} if constant else {*profile.activation_types}
     known = (
         {*allowed, "int32"}

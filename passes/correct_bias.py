@@ -125,20 +125,21 @@ class _Search:
         wants, asked = [], {}
         for key, slot in slots.items():
             twin = originals.get(key[0])
-            shape = twin.shape_of(slot.value) if twin is not None and twin.defines(slot.value) else None
+            value = next((name for name in slot.twins() if twin is not None and twin.defines(name)), "")
+            shape = twin.shape_of(value) if twin is not None and value else None
             count = channels_of(slot)
             if twin is None or shape is None:
                 self.outcome.refuse(slot.name, f"the original has no value {slot.value} to compare with")
             elif count is None or len(shape) <= slot.axis or shape[slot.axis] != count:
                 self.outcome.refuse(slot.name, "the original's output has another number of channels")
             else:
-                wants.append(Want(twin, slot.value, axis=slot.axis))
-                asked[key] = (twin, slot)
+                wants.append(Want(twin, value, axis=slot.axis))
+                asked[key] = (twin, value, slot)
         if not wants:
             return
         theirs = [half.collect(self.original, wants) for half in self._halves]
-        for key, (twin, slot) in asked.items():
-            found = [_channels(half, twin, slot.value) for half in theirs]
+        for key, (twin, value, slot) in asked.items():
+            found = [_channels(half, twin, value) for half in theirs]
             known = [channels for channels in found if channels is not None]
             if len(known) < len(found):
                 self.outcome.refuse(slot.name, "its output was never computed on the data, or is not finite")

@@ -13,11 +13,14 @@ from onnxslim_lab.equalization.ends import channel_axis
 from onnxslim_lab.equalization.region import Region
 from onnxslim_lab.equalization.regions import copied, find_regions, layer_nodes
 from onnxslim_lab.equalization.scales import Noise
+from onnxslim_lab.equalization.trials import keep_what_helps
 from onnxslim_lab.equalization.writing import write
 from onnxslim_lab.errors import ParameterError
 from onnxslim_lab.graph import Graph
 from onnxslim_lab.layers import Layer, find_layers
 from onnxslim_lab.statistics import Calibration, Statistics, Want
+
+_TRIED = (2, 4, 8, 16)  # bits of the types that weights can be quantized to
 
 
 class Equalize(Pass):
@@ -27,13 +30,15 @@ class Equalize(Pass):
     before: y = W LayerNormalization(x, g, b)        after: y = (W S) LayerNormalization(x, g/S, b/S)
 
     f is anything through which a positive scale of channels passes: Relu, LeakyRelu, pooling, Pad with 0,
-    Reshape, Transpose, Resize, Concat, Split, Add of branches (which then share their scales), Mul by a gate,
+    Reshape, Transpose, Resize, Slice, Gather, Concat, Split, Add of branches (which then share their scales), Mul by a gate,
     the product of attention weights with the values. All readers of a value are scaled together.
 
     mode=weights makes the ranges of W1's rows and W2's columns equal (Nagel et al. 2019, section 4.1);
     mode=activations moves the outliers of activations into the weights (Xiao et al. 2022, SmoothQuant);
     mode=auto takes, region by region, what has the least expected error by the calibration data, or does as
     mode=weights without any.
+
+    `parts` quantizes copies of the model and keeps the scales with which its outputs get better.
 
     refuses: regions that reach an operator that is not homogeneous (Sigmoid, Gelu, Clip at 6), an input or
     output of the graph or a body; weights shared with other layers, not finite, quantized, or that would leave
@@ -63,6 +68,13 @@ class Equalize(Pass):
     )
     weight_bits: int = Field(8, ge=2, le=16, description="bits the weights will be quantized to")
     activation_bits: int = Field(8, ge=2, le=16, description="bits the activations will be quantized to")
+    parts: int = Field(
+        0,
+        ge=0,
+        le=1000,
+        description="in how many parts scales are tried on quantized copies of the model and kept where its outputs "
+        "get better; 0: all are kept, untried",
+    )
     copy_norms: bool = Field(
         False,
         description="where a residual path keeps a normalization from being scaled, give the layers a copy of it",
@@ -76,6 +88,11 @@ class Equalize(Pass):
             raise ValueError("alpha has no meaning with mode=weights; leave it out")
         if self.copy_norms and self.mode == "weights":
             raise ValueError("copy_norms has no meaning with mode=weights: only activations are scaled there")
+        if self.parts and (self.mode == "weights" or self.weight_bits not in _TRIED):
+            raise ValueError(
+                f"parts needs calibration data and weights that can be quantized: mode other than weights, weight_bits "
+                f"{', '.join(map(str, _TRIED))}"
+            )
         return self
 
     @property
@@ -88,9 +105,14 @@ class Equalize(Pass):
         calibration = None if self.mode == "weights" else context.calibration
         if calibration is None and (self.mode == "activations" or self.alpha != "auto"):
             raise ParameterError("equalize needs calibration data to even out activations; or mode=weights")
+        if calibration is None and self.parts:
+            raise ParameterError(
+                "equalize needs calibration data to try scales on: give data, or take parts=0"
+            )
         outcome = Outcome()
         graph.infer()
-        regions = self._regions(graph, outcome, measured=calibration is not None)
+        everything = self._regions(graph, outcome, measured=calibration is not None)
+        regions = everything
         statistics = None
         if calibration is not None and regions:
             statistics = _measure(graph, calibration, regions, per_tensor=self.granularity == "tensor")
@@ -99,6 +121,9 @@ class Equalize(Pass):
         alpha = None if self.alpha == "auto" else float(self.alpha)
         balance = Balance(regions, statistics, noise, alpha)
         balance.solve()
+        if self.parts and calibration is not None:
+            numbers = [everything.index(plan.region) for plan in balance.plans]
+            self._try(graph, balance.plans, numbers, context, outcome)
         dropped = write(balance.plans)
         for plan in balance.plans:
             if plan in dropped:
@@ -106,6 +131,41 @@ class Equalize(Pass):
             elif plan.logs.any():
                 outcome.changes.append(_change(plan))
         return outcome
+
+    def _try(
+        self, graph: Graph, plans: list[Plan], numbers: list[int], context: Context, outcome: Outcome
+    ) -> None:
+        """Undo the scales that do not help a model quantized per `granularity` to these bits.
+
+        Args:
+            graph: The model.
+            plans: The scales found.
+            numbers: Of the plans' regions among all that `_regions` returns.
+            context: Of the pass.
+            outcome: Receives a refusal for what is undone.
+        """
+        from onnxslim_lab.passes.quantize import Quantize  # noqa: PLC0415 - it takes a second to load
+
+        wide = {"activations": "uint16"} if self.activation_bits > 8 else {}
+        step = Quantize.model_validate(
+            {
+                "weights": f"int{self.weight_bits}",
+                "granularity": self.granularity,
+                "rounding": "nearest",
+                "ranges": "minmax",
+                **wide,
+            }
+        )
+
+        def regions_of(copy: Graph) -> list[Region]:
+            found = self._regions(copy, Outcome(), measured=True)
+            return [found[number] for number in numbers]
+
+        before, after, undone = keep_what_helps(graph, plans, regions_of, step, context, self.parts)
+        for plan in undone:
+            outcome.refuse(name_of(plan.region), "its scales do not lower the error of the quantized outputs")
+        if any(plan.logs.any() for plan in plans):
+            outcome.notices.append(f"quantized outputs: error {before:.3g}, with scales {after:.3g}")
 
     def _regions(self, model: Graph, outcome: Outcome, *, measured: bool) -> list[Region]:
         """Return the regions of all graphs that can be scaled; refuse the others."""

@@ -6,12 +6,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from passes_helper import load, random_feed, runner
+from test_quantize import context_of, feeds_of, model_of, sqnr
 
 from onnxslim_lab.base import Context
 from onnxslim_lab.data import Dataset
+from onnxslim_lab.engine import optimize
 from onnxslim_lab.errors import ParameterError
+from onnxslim_lab.graph import Graph
 from onnxslim_lab.passes.correct_bias import CorrectBias, agreed
+from onnxslim_lab.passes.quantize import Quantize
+from onnxslim_lab.profiles import find_profile
+from onnxslim_lab.recipe import Recipe
 from onnxslim_lab.statistics import Calibration
+from onnxslim_lab.target_check import target_report
 
 QUICK = settings(
     max_examples=8, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
@@ -162,3 +169,77 @@ def test_outputs_judged_never_get_worse(seed, parts):
     outcome = CorrectBias(parts=parts).run(graph, given_context)
     assert error() <= before * (1 + 1e-5)
     assert bool(outcome.changes) == (error() < before)
+
+
+QUANTIZED = {
+    "static": {"weights": "int4"},
+    "tensor": {"weights": "int4", "granularity": "tensor"},
+    "qdq weight-only": {"mode": "weight-only", "weights": "int4", "format": "qdq"},
+    "decoded weight-only": {"mode": "weight-only", "weights": "int4"},
+    "dynamic": {"mode": "dynamic"},
+}
+
+
+def quantized(name):
+    """Return a float model, and it quantized: convolutions with wide biases, a product with and one without."""
+    body = """a = Conv<pads = [1,1,1,1]>(x, w, b) r = Relu(a) c = Conv(r, v, d) g = GlobalAveragePool(c)
+        f = Flatten(g) m = MatMul(f, k) n = Add(m, e) t = Tanh(n) h = Gemm(t, u) y = Tanh(h)"""
+    sizes = {"w": (32, 4, 3, 3), "b": (32,), "v": (32, 32, 1, 1), "d": (32,), "k": (32, 64), "e": (64,)}
+    original = model_of(body, sizes | {"u": (64, 48)}, outputs="float[N,48] y")
+    feeds = feeds_of((2, 4, 8, 8), 16)
+    given_context = context_of(feeds)
+    given_context.original, given_context.allow_opset_raise = original, True
+    result = original.copy()
+    step = Quantize(target="onnxruntime-x86-vnni", rounding="nearest", **QUANTIZED[name])
+    step.run(result, given_context)
+    return original, result, given_context
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_after_quantize_outputs_get_better_on_other_data(name):
+    original, result, given_context = quantized(name)
+    other = feeds_of((2, 4, 8, 8), 16, seed=77)
+    before = sqnr(original, result, other)
+    outcome = CorrectBias().run(result, given_context)
+    onnx.checker.check_model(result.to_model())
+    reasons = {refusal.reason for refusal in outcome.refusals}
+    allowed = {"correcting it does not lower the error of the outputs"}
+    if name == "dynamic":
+        assert "MatMulInteger has integer outputs: correct it as QDQ" in reasons
+        return
+    assert reasons <= allowed
+    assert outcome.changes
+    assert sqnr(original, result, other) > before + 0.5
+
+
+def test_corrected_layers_still_run_on_codes():
+    """Biases stay int32 on the grid of the sums, whose scales are a product of two constants."""
+    _, result, given_context = quantized("static")
+    profile = find_profile("onnxruntime-x86-vnni")
+    before = target_report(result, profile)
+    assert any(node.op_type == "Mul" for node in result.nodes)
+    outcome = CorrectBias().run(result, given_context)
+    after = target_report(result, profile)
+    assert len(outcome.changes) >= 2
+    assert (after.integer, after.groups) == (before.integer, before.groups)
+    assert [item.kind for item in after.findings] == [item.kind for item in before.findings]
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        ["quantize:weights=int4,rounding=nearest,ranges=minmax"],
+        ["prune:sparsity=0.6", "correct-bias", "quantize:rounding=nearest,ranges=minmax"],
+    ],
+    ids=["quantize", "after and before"],
+)
+def test_a_real_network_gets_better(steps, zoo, zoo_feeds):
+    feeds, other = zoo_feeds("lenet5", 16, 0), zoo_feeds("lenet5", 48, 99)
+    original = Graph.load(zoo("lenet5"))
+
+    def error(parts):
+        recipe = Recipe.of(parts, allow_opset_raise=True, verify="off")
+        found = optimize(original, recipe=recipe, data=Dataset(feeds, source="digits"))
+        return sqnr(original, found.graph, other)
+
+    assert error([*steps, "correct-bias"]) > error([part for part in steps if part != "correct-bias"])

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
-from passes_helper import assert_equal_outputs, assert_settled, load, random_feed, runner
+from passes_helper import HEADER, assert_equal_outputs, assert_settled, load, random_feed, runner
 from random_graphs import models
 
 from onnxslim_lab.base import Context
@@ -16,6 +16,8 @@ from onnxslim_lab.equalization.scales import Noise, Sink, expected_error, settle
 from onnxslim_lab.errors import ParameterError
 from onnxslim_lab.graph import Graph
 from onnxslim_lab.passes.equalize import Equalize
+from onnxslim_lab.passes.quantize import Quantize
+from onnxslim_lab.quantization.output_loss import output_loss
 from onnxslim_lab.statistics import Calibration
 
 QUICK = settings(
@@ -375,3 +377,88 @@ def test_smoothing_lowers_the_measured_error():
         assert measured(logs) == pytest.approx(expected, rel=0.35)
     best = settled(smoothing([sink], 16, 0.5), free, 8)
     assert measured(best) < measured(np.zeros(16))
+
+
+@pytest.mark.parametrize(
+    ("middle", "readable"),
+    [
+        ("s = Slice(r, starts, ends, axes)", "axes = {1}"),
+        ("s = Gather<axis = 1>(r, at)", "int64 at = {2}"),
+        ("s = Gather<axis = 1>(r, at)", "int64[2] at = {2, 0}"),
+    ],
+)
+def test_scales_pass_what_takes_places_along_other_axes(middle, readable):
+    """A classifier reads the first token of what a normalization makes."""
+    rank = 2 if "int64 at" in readable else 3
+    out = "float[n,2] y" if rank == 2 else "float[n,k,2] y"
+    places = f"int64[1] {readable}" if readable.startswith("axes") else readable
+    graph, outcome = apply(
+        f"g (float[n,4,2] x) => ({out}) <{W}, int64[1] starts = {{1}}, int64[1] ends = {{3}}, {places}> "
+        f"{{ h = MatMul(x, v) r = Relu(h) {middle} y = MatMul(s, w) }}"
+    )
+    assert len(outcome.changes) == 1
+    assert np.abs(graph.constant("v")).max(0).tolist() == [8, 8]
+
+
+def test_a_gather_along_the_channels_keeps_them_together():
+    _, outcome = apply(
+        f"g (float[n,2] x) => (float[n,2] y) <{W}, int64[2] at = {{1, 0}}> "
+        "{ h = MatMul(x, v) r = Relu(h) s = Gather<axis = 1>(r, at) y = MatMul(s, w) }"
+    )
+    assert not outcome.changes
+
+
+def test_trials_need_data_and_types_to_try():
+    with pytest.raises(ValueError, match="parts needs calibration data"):
+        Equalize(mode="weights", parts=2)
+    with pytest.raises(ParameterError, match="parts=0"):
+        Equalize(parts=2).run(load(f"g (float[n,2] x) => (float[n,2] y) <{W}> {{ y = MatMul(x, w) }}"))
+    with pytest.raises(ValueError, match="weight_bits 2, 4, 8, 16"):
+        Equalize(weight_bits=5, parts=2)
+
+
+def test_scales_are_kept_where_the_quantized_outputs_get_better():
+    """Channels of very different sizes gain by scales; a second part that gains nothing is undone."""
+    random = np.random.default_rng(0)
+    sizes = np.geomspace(0.01, 10, 32)
+    text = """g (float[n,16] x) => (float[n,24] y) {
+        h = MatMul(x, v) r = Relu(h) k = MatMul(r, w) q = Relu(k) y = MatMul(q, u) }"""
+    model = onnx.parser.parse_model(HEADER + text)
+    arrays = {
+        "v": random.normal(size=(16, 32)) * sizes,
+        "w": random.normal(size=(32, 32)) / sizes[:, None] / 6,
+        "u": random.normal(size=(32, 24)) / 6,
+    }
+    model.graph.initializer.extend(
+        numpy_helper.from_array(values.astype(np.float32), name) for name, values in arrays.items()
+    )
+    graph = Graph.load(model)
+    feeds = [{"x": random.normal(size=(32, 16)).astype(np.float32)} for _ in range(6)]
+    context = Context(calibration=Calibration(runner(), Dataset(feeds)))
+    step = Quantize(granularity="tensor", rounding="nearest", ranges="minmax")
+    errors = {}
+    for parts in (None, 0, 8):
+        result = graph.copy()
+        if parts is not None:
+            outcome = Equalize(granularity="tensor", parts=parts).run(result, context)
+            assert_equal_outputs(graph, result, feeds, relative=1e-5)
+            assert bool(outcome.notices) == bool(parts)
+        step.run(result, context)
+        errors[parts] = output_loss(runner().run(graph, feeds), runner().run(result, feeds))
+    assert errors[8] <= errors[0] * 1.06 + 1e-9
+    assert errors[8] < errors[None] / 2
+
+
+def test_scales_that_do_not_help_are_undone(monkeypatch):
+    graph = load(
+        f"g (float[n,2] x) => (float[n,2] y) <{W}> {{ h = MatMul(x, v) r = Relu(h) y = MatMul(r, w) }}"
+    )
+    feeds = [random_feed(graph, seed, {}) for seed in range(3)]
+    context = Context(calibration=Calibration(runner(), Dataset(feeds)))
+    losses = iter([1.0, 2.0])
+    monkeypatch.setattr("onnxslim_lab.equalization.trials.output_loss", lambda *_: next(losses))
+    before = graph.to_model()
+    outcome = Equalize(granularity="tensor", parts=1).run(graph, context)
+    assert not outcome.changes
+    assert "do not lower the error" in reasons(outcome)
+    assert graph.to_model() == before

@@ -3,12 +3,17 @@
 import platform
 import subprocess
 
+import numpy as np
+import onnx
 import pytest
+from typer.testing import CliRunner
 
 from onnxslim_lab import profiles
+from onnxslim_lab.cli import app
 from onnxslim_lab.errors import ParameterError
 from onnxslim_lab.profiles import PROFILES, cpu_flags, find_profile, profile_of_cpu
 from onnxslim_lab.quantization.types import QUANT_TYPES
+from onnxslim_lab.report import Report
 
 
 @pytest.mark.parametrize("profile", PROFILES.values(), ids=list(PROFILES))
@@ -96,3 +101,32 @@ def test_windows_is_unknown_and_safe(monkeypatch):
     profile = find_profile("auto")
     assert profile.name == "onnxruntime-x86"
     assert "could not be read" in profile.notice
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"avx2", "avx512_vnni"}, "this CPU has avx512_vnni; weights int8, activations uint8"),
+        (
+            {"avx2"},
+            "this CPU has no VNNI: int8 products would saturate, weights get 7 bits; weights int8 of 7 bits",
+        ),
+    ],
+)
+def test_reports_say_why_the_types_were_chosen(flags, told, monkeypatch, tmp_path):
+    monkeypatch.setattr("onnxslim_lab.profiles.cpu_flags", lambda: frozenset(flags))
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    text = (
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[4,64] x) => (float[4,64] y) { y = MatMul(x, w) }'
+    )
+    model = onnx.parser.parse_model(text)
+    values = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(values, "w"))
+    onnx.save(model, tmp_path / "m.onnx")
+    command = ["optimize", str(tmp_path / "m.onnx"), "-o", str(tmp_path / "q.onnx"), "-p", "quantize"]
+    report = tmp_path / "report.json"
+    result = CliRunner().invoke(app, [*command, "--report", str(report)])
+    assert result.exit_code == 0, result.output
+    assert told in " ".join(result.output.split())
+    (notice,) = Report.model_validate_json(report.read_text()).steps[-1].notices
+    assert told in notice

@@ -20,7 +20,7 @@ from onnxslim_lab.quantization.causes import overflows
 from onnxslim_lab.quantization.output_error import OutputJudge
 from onnxslim_lab.quantization.sensitivity import sensitivity
 from onnxslim_lab.quantization.variants import variants_of
-from onnxslim_lab.statistics import Calibration, ValueStatistics
+from onnxslim_lab.statistics import Calibration, ValueStatistics, Want
 
 TARGET = "onnxruntime-x86-vnni"
 
@@ -104,6 +104,10 @@ def test_leaving_a_layer_out_is_what_without_says(runner):
         weight_only = [n.op_type for n in result.nodes if n.name == layer.name]
         assert weight_only == ["Conv"]
         error = judge.judge(runner.run(result, calibration.data.feeds))
+        if layer.without_db is None:  # alone it costs next to nothing
+            assert layer.alone_db > report.all_db + 20
+            assert error.sqnr_db == pytest.approx(report.all_db, abs=1)
+            continue
         assert error.sqnr_db == pytest.approx(layer.without_db, abs=0.5)
         assert layer.gain_db == pytest.approx(layer.without_db - report.all_db)
 
@@ -136,6 +140,63 @@ def test_a_cut_range_is_called_saturated_and_the_remedy_cures_it(runner):
     assert line[0] == "-p"
     cured = sensitivity(network(), [recipe.parse_step(line[1])], calibration)
     assert cured.all_db > report.all_db + 10
+
+
+def cured(model, remedy, calibration):
+    """Return the SQNR of all layers under the steps of a remedy's command line."""
+    words = shlex.split(remedy)
+    assert words[::2] == ["-p"] * (len(words) // 2)
+    steps = [recipe.parse_step(word) for word in words[1::2]]
+    return sensitivity(model, steps, calibration).all_db
+
+
+def spread_over(weights):
+    """Half of the channels have small weights, which matter as much: what reads them makes up for it."""
+    half = len(weights["second"]) // 2
+    weights["second"][:half] /= 30
+    weights["third"][:, :half] *= 30
+
+
+@pytest.mark.parametrize(
+    ("spoil", "options", "kind", "least"),
+    [
+        (outlier, {}, "outlier-channels", 5),
+        (spread_over, {"granularity": "tensor"}, "wide-spread", 2),
+        (None, {"ranges": "percentile", "percentile": 60.0}, "saturated-range", 10),
+    ],
+)
+def test_the_remedy_of_each_cause_helps_when_it_is_run(runner, spoil, options, kind, least):
+    calibration, model = Calibration(runner, data()), network(spoil)
+    report = sensitivity(model, [step(**options)], calibration)
+    found = [layer for layer in report.layers if layer.causes and layer.causes[0].kind == kind]
+    remedies = {layer.remedy for layer in found if "exclude" not in layer.remedy}
+    assert remedies, [(layer.name, layer.causes) for layer in report.layers]
+    assert min(cured(model, remedy, calibration) for remedy in remedies) > report.all_db + least
+
+
+def test_leaving_in_float_helps_where_nothing_else_is_named(runner):
+    calibration, model = Calibration(runner, data()), network(outlier)
+    report = sensitivity(model, [step()], calibration)
+    excluding = [layer for layer in report.layers if "exclude" in layer.remedy]
+    assert excluding
+    for layer in excluding:
+        if layer.gain_db is not None and layer.gain_db > 1:
+            assert cured(model, layer.remedy, calibration) > report.all_db + 0.5
+
+
+def test_what_overflows_float16_stays_float_by_itself(runner):
+    """Values of a million between two layers: float16 has no code for them, and convert-precision leaves them."""
+
+    def loud(weights):
+        weights["second"] *= 3e5
+        weights["third"] /= 3e5
+
+    calibration, model = Calibration(runner, data()), network(loud)
+    statistics = calibration.collect(model, [Want(model, "c")])
+    assert overflows(statistics[model, "c"]).remedy == "exclude"
+    report = sensitivity(model, [recipe.parse_step("convert-precision")], calibration)
+    assert "second" not in {layer.name for layer in report.layers}
+    assert report.all_db > 40
 
 
 def test_an_output_of_mixed_scales_is_judged_by_slices():

@@ -8,7 +8,7 @@ import onnx
 import onnxruntime
 import pytest
 import typer
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from qdq_graphs import MIDDLE, QdqModel
 from typer.testing import CliRunner
@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 from onnxslim_lab import Dataset, Graph
 from onnxslim_lab.commands.check_target import check_target as command
 from onnxslim_lab.profiles import find_profile, profile_of_cpu
+from onnxslim_lab.saturation import find_saturation, pair_sums
 from onnxslim_lab.target_check import check_target, target_report
 from onnxslim_lab.targets.group import Group
-from onnxslim_lab.targets.saturation import find_saturation, pair_sums
 
 VNNI = find_profile("onnxruntime-x86-vnni")
 x86_only = pytest.mark.skipif(
@@ -191,6 +191,19 @@ STEPS = ("conv", "relu", "maxpool", "add", "sigmoid", "tanh", "transpose", "conc
         max_size=6,
     ),
     opset=st.sampled_from([19, 21]),
+)
+@example(  # a Q of int8 with several readers is moved up and, with a reader of its own, rewritten to uint8
+    steps=[("conv", "uint8", 0.05, False), ("maxpool", "other", 0.05, True), ("fork", "uint8", 0.05, False)],
+    opset=19,
+)
+@example(  # and moved down to several readers it stays int8
+    steps=[
+        ("tanh", "other", 0.05, True),
+        ("maxpool", "other", 0.08, False),
+        ("fork", "uint8", 0.08, False),
+        ("add", "other", 0.05, True),
+    ],
+    opset=19,
 )
 def test_random_chains_run_in_float_where_it_is_said(steps, opset, tmp_path_factory):
     b = QdqModel(opset=opset)

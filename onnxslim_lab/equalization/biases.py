@@ -12,6 +12,7 @@ from onnxslim_lab.equalization.ends import write_constant
 from onnxslim_lab.equalization.indexing import Array
 from onnxslim_lab.graph import Graph, attribute, domain_of, is_op
 from onnxslim_lab.layer_views.storage import FLOATS, is_static, numpy_dtype, set_by_caller
+from onnxslim_lab.quantization.operands import constant_product
 from onnxslim_lab.statistics.collected import place
 
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -44,6 +45,22 @@ class BiasSlot:
     def name(self) -> str:
         """The layer's name."""
         return self.node.name or self.node.output[0]
+
+    def twins(self) -> list[str]:
+        """Return the names that the value may have in the model as it was before it was quantized.
+
+        Behind it may stand a LeakyRelu that lets everything through, and QuantizeLinear with a DequantizeLinear:
+        the last has the name then, and the values before it another one.
+        """
+        names = [self.value]
+        readers = self.graph.consumers(self.value)
+        if len(readers) == 1 and is_op(readers[0], "LeakyRelu") and attribute(readers[0], "alpha", 0.01) == 1:
+            names.append(readers[0].output[0])
+            readers = self.graph.consumers(names[-1])
+        for quantizer in (node for node in readers if is_op(node, "QuantizeLinear")):
+            made = self.graph.consumers(quantizer.output[0])
+            names += [node.output[0] for node in made if is_op(node, "DequantizeLinear")]
+        return names
 
     @property
     def key(self) -> tuple[tuple[str, ...], str]:
@@ -132,7 +149,7 @@ def _kind(graph: Graph, name: str) -> Literal["float", "int32"] | None:
     if not is_op(maker, "DequantizeLinear") or maker is None or graph.use_count(name) != 1:
         return None
     codes = graph.constant_type(maker.input[0])
-    scaled = graph.is_constant(maker.input[1])
+    scaled = constant_product(graph, maker.input[1]) is not None
     return "int32" if codes is not None and codes[0] == TensorProto.INT32 and scaled else None
 
 
@@ -141,7 +158,9 @@ def _product_scale(graph: Graph, node: NodeProto) -> Array | None:
     scales = []
     for name in node.input[:2]:
         maker = graph.producer(name)
-        values = graph.constant(maker.input[1]) if maker and is_op(maker, "DequantizeLinear") else None
+        values = (
+            constant_product(graph, maker.input[1]) if maker and is_op(maker, "DequantizeLinear") else None
+        )
         if values is None or (maker is not None and attribute(maker, "block_size", 0)):
             return None
         scales.append(np.asarray(values, np.float32).reshape(-1))
@@ -171,7 +190,7 @@ def add_to_bias(found: BiasSlot, delta: Array) -> str:
             return _store(graph, found.holder, found.slot, values.astype(np.float64) + delta, values.dtype)
         maker = graph.producer(name)
         assert maker is not None
-        codes, scale = graph.constant(maker.input[0]), graph.constant(maker.input[1])
+        codes, scale = graph.constant(maker.input[0]), constant_product(graph, maker.input[1])
         assert codes is not None and scale is not None  # noqa: PT018
         moved = codes.astype(np.int64) + np.rint(delta / scale.astype(np.float64)).astype(np.int64)
         if np.abs(moved).max(initial=0) >= 2**31:

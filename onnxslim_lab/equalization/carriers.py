@@ -165,6 +165,44 @@ def _resize(region: Region, node: NodeProto) -> None:
     _both_ways(region, node, step, step)
 
 
+def _slice(region: Region, node: NodeProto) -> None:
+    """Relate the sides of a Slice: along its axes there may be one scale only."""
+    graph = region.graph
+    if len(node.input) < 2:
+        axes = attribute(node, "axes", range(len(attribute(node, "starts", ()))))
+    elif len(node.input) > 3 and node.input[3]:
+        axes = graph.constant(node.input[3])
+    else:
+        starts = graph.constant_type(node.input[1])
+        axes = None if starts is None else range(starts[1][0])
+
+    def step(index: Index) -> Index | None:
+        if axes is None:
+            return None
+        return region.collapse(index, sorted({int(axis) % index.ndim for axis in axes}))
+
+    _both_ways(region, node, step, step, "axes of Slice are not known")
+
+
+def _gather(region: Region, node: NodeProto) -> None:
+    """Relate the sides of a Gather of computed data: along its axis there may be one scale only."""
+    data, places = region.shape(node.input[0]), region.shape(node.input[1])
+    if data is None or places is None:
+        region.freeze_values([node.input[0], node.output[0]], "shapes around Gather are not known")
+        return
+    axis, count = attribute(node, "axis", 0) % len(data), len(places)
+
+    def forward(index: Index) -> Index:
+        index = region.collapse(index, [axis])
+        return index.reshape(*index.shape[:axis], *(1,) * count, *index.shape[axis + 1 :])
+
+    def backward(index: Index) -> Index:
+        index = region.collapse(index, range(axis, axis + count))
+        return index.reshape(*index.shape[:axis], 1, *index.shape[axis + count :])
+
+    _both_ways(region, node, forward, backward)
+
+
 def _concat(region: Region, node: NodeProto) -> None:
     """Relate the parts of Concat, or of Split turned around, with the whole."""
     splits = is_op(node, "Split")
@@ -214,7 +252,9 @@ CARRIERS: dict[str, Carrier] = {
     **dict.fromkeys(("Concat", "Split"), _concat),
     "Clip": _clip,
     "Dropout": _dropout,
+    "Gather": _gather,
     "MatMul": matmul,
     "Pad": _pad,
+    "Slice": _slice,
     "Transpose": _transpose,
 }

@@ -26,6 +26,7 @@ SCHEMA_VERSION = 1
 _SHARE = 0.1  # of the multiply-accumulates that the suggestion may leave in float
 _GAIN = 1.0  # decibels that make a suggestion worth a line
 _SHOWN = 30  # layers in the table; JSON has all
+_FAINT = 0.01  # of the noise of all layers: what causes less alone is not left out by itself as well
 _EXPLAINED = 5  # of these, with reason and remedy
 
 
@@ -37,7 +38,8 @@ class LayerReport(BaseModel):
         op_type: Its operator.
         macs_share: Its share of the multiply-accumulates of the layers compared; None when not known.
         alone_db: SQNR of the outputs when only it is quantized; None: onnxruntime refuses that model.
-        without_db: SQNR when all but it are.
+        without_db: SQNR when all but it are; None also where it is not measured, because the layer alone makes
+            less than a hundredth of the noise of all.
         gain_db: How much better that is than with all.
         output: The output that suffers most when it alone is quantized, with the slice.
         refused: Why a variant does not run.
@@ -148,8 +150,8 @@ def sensitivity(
 ) -> SensitivityReport:
     """Measure what each layer's quantization costs.
 
-    Every layer is quantized alone, and left out alone, and the outputs are compared with the original's on
-    onnxruntime, as it runs such models. Outputs that mix scales are judged slice by slice.
+    Every layer is quantized alone, and left out alone if that may show, and the outputs are compared with the
+    original's on onnxruntime, as it runs such models. Outputs that mix scales are judged slice by slice.
 
     Args:
         model: The main graph of the original; it is not changed.
@@ -183,7 +185,9 @@ def sensitivity(
     for number, layer in enumerate(variants.layers):
         progress(number, len(variants.layers), f"without and with {layer.name} alone")
         alone, no = _measure(variants, calibration, feeds, judge, only=[layer.name])
-        without, no_other = _measure(variants, calibration, feeds, judge, without=[layer.name])
+        without, no_other = None, ""
+        if alone is None or everything is None or not alone.noise < _FAINT * everything.noise:
+            without, no_other = _measure(variants, calibration, feeds, judge, without=[layer.name])
         found = reasons.get(layer.name, [])
         gain = without.sqnr_db - everything.sqnr_db if without and everything else None
         reports.append(

@@ -13,7 +13,6 @@ from onnxslim_lab.targets.finding import Finding
 from onnxslim_lab.targets.group import Group
 from onnxslim_lab.targets.model import Operator, Profile
 from onnxslim_lab.targets.qdq import is_float, is_redundant, parameters
-from onnxslim_lab.targets.signed import effective_type
 from onnxslim_lab.targets.weight_rules import weight_only_problems, weight_problems
 
 _TRANSPARENT = frozenset({"Identity", "Dropout", "Cast"})  # vanish, or end the quantized part on purpose
@@ -144,10 +143,7 @@ def _types(group: Group, rule: Operator, profile: Profile) -> Iterator[Finding]:
             f"activations={profile.activations}",
         )
     rewrites = profile.rewrites_signed
-    names = {
-        effective_type(graph, node, rewrites_signed=rewrites)
-        for node in (*inputs.values(), *group.quantizers)
-    }
+    names = group.types(inputs, rewrites_signed=rewrites)
     if rewrites and "int8" in declared and "int8" in names and (rule.form == "layer" or len(names) > 1):
         yield group.finding(
             "signed",

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from onnx import NodeProto
 
 from onnxslim_lab.graph import Graph
+from onnxslim_lab.quantization.operands import codes_shape
 from onnxslim_lab.targets.finding import Finding, Severity
-from onnxslim_lab.targets.qdq import Ending, dequantizer, ending
+from onnxslim_lab.targets.qdq import Ending, dequantizer, ending, parameters
+from onnxslim_lab.targets.signed import effective_type
 
 
 class Group:
@@ -42,8 +46,28 @@ class Group:
         return {
             slot: node
             for slot, node in self.dequantizers.items()
-            if not self.graph.is_constant(node.input[0]) and node.input[0]
+            if node.input[0] and codes_shape(self.graph, node.input[0]) is None
         }
+
+    def types(self, slots: Iterable[int], *, rewrites_signed: bool) -> set[str]:
+        """Return the types of the given inputs and of the outputs, once int8 has been rewritten where it is.
+
+        Across nodes that only move values onnxruntime puts a Q and DQ of its own beside the node: these have one
+        reader, however many the Q and DQ of the model have.
+        """
+        graph = self.graph
+        names = set()
+        for slot in slots:
+            found, value = self.dequantizers[slot], self.node.input[slot]
+            name = effective_type(graph, found, rewrites_signed=rewrites_signed)
+            if rewrites_signed and value != found.output[0] and parameters(graph, found).type_name == "int8":
+                name = "uint8" if graph.use_count(value) == 1 else "int8"
+            names.add(name)
+        for end in self.endings:
+            for found in end.quantizers:
+                name = effective_type(graph, found, rewrites_signed=rewrites_signed)
+                names.add("uint8" if rewrites_signed and end.moved and name == "int8" else name)
+        return names
 
     def finding(self, kind: str, severity: Severity, what: str, remedy: str) -> Finding:
         """Return a finding about this node."""

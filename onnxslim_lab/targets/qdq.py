@@ -118,11 +118,13 @@ class Ending:
         quantizers: The QuantizeLinear nodes that read it, behind `clip` where there is one.
         others: Whether anything else reads it, the caller of the model included.
         clip: A Relu or Clip that is its only reader.
+        moved: Whether nodes that only move values come before the QuantizeLinear.
     """
 
     quantizers: tuple[NodeProto, ...]
     others: bool
     clip: NodeProto | None
+    moved: bool = False
 
     @property
     def fusable(self) -> bool:
@@ -137,9 +139,13 @@ def ending(graph: Graph, value: str) -> Ending:
         result = after.output[0]
         if _only_reader(graph, result) is not None:
             quantizers, _ = _quantizers(graph, result)
-            return Ending(quantizers, others=not quantizers, clip=after)
+            return Ending(quantizers, not quantizers, after, _moved(quantizers, result))
     quantizers, others = _quantizers(graph, value)
-    return Ending(quantizers, others=others, clip=None)
+    return Ending(quantizers, others, None, _moved(quantizers, value))
+
+
+def _moved(quantizers: tuple[NodeProto, ...], value: str) -> bool:
+    return any(node.input[0] != value for node in quantizers)
 
 
 def _only_reader(graph: Graph, value: str) -> NodeProto | None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from onnxslim_lab.graph import attribute
+from onnxslim_lab.quantization.operands import codes_shape
 from onnxslim_lab.targets.finding import Finding
 from onnxslim_lab.targets.group import Group
 from onnxslim_lab.targets.model import Profile
@@ -28,7 +29,7 @@ def weight_problems(group: Group, profile: Profile) -> Iterator[Finding]:
             "granularity=channel, or leave the activations in float (mode=weight-only)",
         )
     elif weight.axis is not None:
-        rank = len((graph.constant_type(group.dequantizers[1].input[0]) or (0, (0, 0), 0))[1])
+        rank = len(codes_shape(graph, group.dequantizers[1].input[0]) or (0, 0))
         wanted = {"Conv": 0, "ConvTranspose": 1, "MatMul": rank - 1}.get(
             node.op_type, 0 if attribute(node, "transB", 0) else 1
         )
