@@ -49,21 +49,50 @@ def photograph(random: np.random.Generator, height: int, width: int) -> NDArray[
     return crop
 
 
+WORDS = ("model", "Weight", "2026", "zero axis", "Graph layer", "31.5", "KERNEL", "node", "total")
+
+
 def rendered(random: np.random.Generator, height: int, width: int, lines: int) -> NDArray[np.float32]:
     """Return an image of dark words on a light ground, RGB 0..255, (height, width, 3)."""
     from PIL import Image, ImageDraw, ImageFont  # noqa: PLC0415 - only the text readers need it
 
-    words = ["model", "Weight", "2026", "zero axis", "Graph layer", "31.5", "KERNEL", "node", "total"]
-    image = Image.new("RGB", (width, height), tuple(int(c) for c in random.integers(200, 256, 3)))
+    image = Image.new("RGB", (width, height), _colour(random, 200, 256))
     draw = ImageDraw.Draw(image)
     row = height / lines
     font = ImageFont.load_default(size=row * 0.6)
     for line in range(lines):
-        text = " ".join(random.choice(words, size=1 + width // int(row * 3)))
-        draw.text(
-            (row * 0.3, row * (line + 0.12)), text, tuple(int(c) for c in random.integers(0, 90, 3)), font
-        )
+        text = " ".join(random.choice(WORDS, size=1 + width // int(row * 3)))
+        draw.text((row * 0.3, row * (line + 0.12)), text, _colour(random, 0, 90), font)
     return np.asarray(image, np.float32)
+
+
+def text_line(
+    random: np.random.Generator, height: int, width: int, *, turned: bool = False
+) -> NDArray[np.float32]:
+    """Return a line of text as PP-OCR's pipeline hands it on, RGB -1..1, (height, width, 3).
+
+    What the detector cuts out fits the text closely; it is scaled to the height, and zeros fill the width.
+    `turned`: the text stands on its head.
+    """
+    from PIL import Image, ImageDraw, ImageFont  # noqa: PLC0415 - only the text readers need it
+
+    font = ImageFont.load_default(size=height * random.uniform(0.6, 0.75))
+    words = list(random.choice(WORDS, size=1 + width // (height * 2)))
+    while len(words) > 1 and font.getlength(" ".join(words)) > width - 0.2 * height:
+        words.pop()
+    text = " ".join(words)
+    long = min(width, int(font.getlength(text) + 0.2 * height))
+    image = Image.new("RGB", (long, height), _colour(random, 200, 256))
+    place = (long / 2, height / 2)
+    ImageDraw.Draw(image).text(place, text, _colour(random, 0, 90), font, anchor="mm")
+    line = np.zeros((height, width, 3), np.float32)
+    pixels = np.asarray(image, np.float32) / 127.5 - 1
+    line[:, :long] = pixels[::-1, ::-1] if turned else pixels
+    return line
+
+
+def _colour(random: np.random.Generator, low: int, high: int) -> tuple[int, ...]:
+    return tuple(int(c) for c in random.integers(low, high, 3))
 
 
 def speech(random: np.random.Generator, rows: int, length: int, rate: int) -> NDArray[np.float32]:
@@ -93,13 +122,12 @@ def _detector(random: np.random.Generator, size: int) -> Feed:
 
 def _recognizer(random: np.random.Generator, size: int) -> Feed:
     batch, width = ((1, 320), (2, 192))[size]
-    return {"x": _nchw([rendered(random, 48, width, 1) / 127.5 - 1 for _ in range(batch)])}
+    return {"x": _nchw([text_line(random, 48, width) for _ in range(batch)])}
 
 
 def _orientation(random: np.random.Generator, size: int) -> Feed:
     batch, width = ((1, 192), (3, 160))[size]
-    images = [rendered(random, 48, width, 1) / 127.5 - 1 for _ in range(batch)]
-    return {"x": _nchw([image[::-1, ::-1] if random.integers(2) else image for image in images])}
+    return {"x": _nchw([text_line(random, 48, width, turned=bool(random.integers(2))) for _ in range(batch)])}
 
 
 def _magika(random: np.random.Generator, size: int) -> Feed:
