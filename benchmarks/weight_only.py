@@ -2,12 +2,13 @@
 
     python benchmarks/weight_only.py [--models a,b] [--blocks 32,128] [--samples 64] [--peer-python PATH] [--json FILE]
 
-Every tool gets the same model, operators, block size and calibration feeds; the outputs are compared with the
-float model's on feeds of another seed. `error` is the relative L2 error |y - y'| / |y| of each float output
+Every tool gets the same model, operators, block size and calibration feeds; the model is simplified first, because
+onnxruntime's quantizer does not see weights in Constant nodes. The outputs are compared with the float model's on
+feeds of another seed. `error` is the relative L2 error |y - y'| / |y| of each float output
 that changes, over all evaluation feeds, averaged over the outputs; `SQNR` the same in dB. onnxruntime's quantizer
-knows no Conv weights: there the rows are ours alone, nearest against GPTQ. Its Gather tables are compared with
-ours in the rows of MatMul+Gather. Exits with 1 when the error of a GPTQ row of ours is more than 0.7 of RTN's or
-more than another mode's. A mode that does not run is shown with its error. GPTQ imports torch for a type test
+knows no Conv weights: there "plain rtn" stands in, the published rule (range of each block, rounded to nearest)
+on the same blocks of inputs, in NumPy. Exits with 1 when the error of a GPTQ row of ours is more than 0.7 of RTN's or
+more than another mode's. A mode that does not run, or quantizes nothing, is shown with its problem. GPTQ imports torch for a type test
 only: where torch is missing, the child process gives it an empty module of that name; HQQ does need torch.
 """
 
@@ -35,6 +36,7 @@ MODELS = {  # operators to quantize, each a comparison of its own; the last one 
     "efficientnet_lite0": ("Conv", ""),
 }
 MODES = ("rtn", "k_quant", "gptq", "hqq")
+PLAIN = "plain rtn"
 MOST = 0.7  # of RTN's error
 EVALUATED = 24
 
@@ -90,6 +92,8 @@ def judge(
         if one.dtype.kind == "f" and not np.array_equal(one, two):
             errors.append(float(np.linalg.norm(one - two) / np.linalg.norm(one)))
     row.error = float(np.mean(errors)) if errors else 0.0
+    if not errors:
+        row.problem = "quantizes nothing: the outputs are the float model's"
     row.sqnr = -20 * math.log10(row.error) if row.error else math.inf
     row.size = path.stat().st_size / original.stat().st_size
     return row
@@ -121,6 +125,52 @@ def ours(row: Row, original: Path, target: Path, calibration: list[dict[str, Any
         model = Graph.load(original)
         step.run(model, context)
         model.save(target)
+
+
+def plain_rtn(row: Row, original: Path, target: Path) -> None:
+    """Round every weight to nearest on the range of its block, and save the values so rounded in float."""
+    from onnxslim_lab.base import Outcome  # noqa: PLC0415 - peers may lack it
+    from onnxslim_lab.graph import Graph  # noqa: PLC0415
+    from onnxslim_lab.selection import find_targets  # noqa: PLC0415
+
+    model = Graph.load(original)
+    for found in find_targets(model, Outcome(), step="plain rtn"):
+        if row.operators and found.layer.op_type not in row.operators.split(";"):
+            continue
+        lookup = found.layer.op_type == "Gather"  # whose matrix has an entry per column
+        matrix = np.asarray(found.layer.matrix, np.float32)
+        matrix = np.swapaxes(matrix, 1, 2) if lookup else matrix
+        rounded = np.empty_like(matrix)
+        for start in range(0, matrix.shape[2], row.block):
+            part = matrix[:, :, start : start + row.block]
+            if row.symmetric:  # as onnxruntime does: the value furthest from 0 is -8
+                furthest = np.take_along_axis(part, np.abs(part).argmax(2)[..., None], axis=2)
+                scale = np.where(furthest == 0, 1, furthest / -8)
+                codes = np.clip(np.rint(part / scale), -8, 7)
+            else:
+                low, high = (
+                    np.minimum(part.min(2, keepdims=True), 0),
+                    np.maximum(part.max(2, keepdims=True), 0),
+                )
+                scale = np.where(high == low, 1, (high - low) / 15)
+                zero = np.rint(-low / scale)
+                codes = np.clip(np.rint(part / scale) + zero, 0, 15) - zero
+            rounded[:, :, start : start + row.block] = codes * scale
+        rounded = np.swapaxes(rounded, 1, 2) if lookup else rounded
+        found.write(found.layer.with_matrix(rounded))
+    model.save(target)
+
+
+def simplified(original: Path, target: Path) -> Path:
+    """Save the model simplified, and return the path: what all tools start from."""
+    from onnxslim_lab.base import Context  # noqa: PLC0415 - peers may lack it
+    from onnxslim_lab.graph import Graph  # noqa: PLC0415
+    from onnxslim_lab.passes.simplify import Simplify  # noqa: PLC0415
+
+    model = Graph.load(original)
+    Simplify(skip=("fuse-linear",)).run(model, Context())
+    model.save(target)
+    return target
 
 
 def peer(row: Row, original: Path, target: Path, feeds: Path, python: str) -> None:
@@ -183,6 +233,8 @@ def rows_of(name: str, blocks: list[int]) -> list[Row]:
                 if operators in ("MatMul", "MatMul;Gather", "Gather"):
                     modes = MODES if operators == "MatMul" else MODES[:1]
                     tools += [mode for mode in modes if mode in ("rtn", "gptq") or not symmetric]
+                else:
+                    tools.append(PLAIN)
                 found += [Row(name, operators, tool, block, symmetric) for tool in tools]
     return found
 
@@ -200,7 +252,7 @@ def missed(rows: list[Row]) -> list[str]:
             same = (other.model, other.operators, other.block) == (row.model, row.operators, row.block)
             if not same or other.symmetric != row.symmetric or other.tool.startswith("ours") or other.problem:
                 continue
-            limit = other.error * (MOST if other.tool == "rtn" else 1.0)
+            limit = other.error * (MOST if other.tool in ("rtn", PLAIN) else 1.0)
             if not row.error <= limit:
                 lines.append(f"{place}: error {row.error:.4f}, {other.tool} allows {limit:.4f}")
     return lines
@@ -227,11 +279,11 @@ def main() -> int:
     print("| model | operators | tool | block | scheme | error | SQNR dB | size | seconds |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name in options.models.split(","):
-        original = zoo.path(name)
         calibration = make_feeds(name, options.samples, 0)
         evaluation = make_feeds(name, EVALUATED, 1_000_003)
-        reference = outputs(original, evaluation)
         with tempfile.TemporaryDirectory() as folder:
+            original = simplified(zoo.path(name), Path(folder) / "simplified.onnx")
+            reference = outputs(original, evaluation)
             saved = Path(folder) / "feeds.npz"
             held = np.empty(len(calibration), object)
             held[:] = calibration
@@ -242,6 +294,8 @@ def main() -> int:
                 start = time.perf_counter()
                 if row.tool.startswith("ours"):
                     ours(row, original, target, calibration)
+                elif row.tool == PLAIN:
+                    plain_rtn(row, original, target)
                 else:
                     peer(row, original, target, saved, options.peer_python)
                 row.seconds = time.perf_counter() - start

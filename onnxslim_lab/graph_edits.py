@@ -273,6 +273,13 @@ class GraphEdits(GraphValues):
         del self._model.functions[key]
         self._changed()
 
+    def add_input(self, name: str, data_type: int, shape: Sequence[int | str | None]) -> None:
+        """Add an input to the main graph's signature."""
+        assert isinstance(self._proto, GraphProto)
+        self._proto.input.append(helper.make_tensor_value_info(name, data_type, shape))
+        self._inputs[name] = None
+        self._changed()
+
     def remove_input(self, name: str) -> None:
         """Remove an unused input from the main graph's signature."""
         self._drop_value_entry("input", name)
@@ -316,6 +323,34 @@ class GraphEdits(GraphValues):
             changed.tensor_type.elem_type = data_type
             self._types[value] = changed
         self._changed()
+
+    def clear_documents(self) -> int:
+        """Remove the doc strings and metadata of nodes, constants and inner values; return how many there were."""
+        parts: list[Any] = [*self._nodes.values(), *self._initializers.values(), *self._value_info.values()]
+        if self.parent is not None:
+            parts.append(self._proto)
+        found = [part for part in parts if part.doc_string or part.metadata_props]
+        for part in found:
+            part.ClearField("doc_string")
+            part.ClearField("metadata_props")
+        if found:
+            self._changed()
+        return len(found)
+
+    def undeclare(self, value: str) -> None:
+        """Forget the type that this graph declares for an inner value."""
+        self._value_info.pop(value, None)
+        self._changed()
+
+    @property
+    def declared(self) -> list[str]:
+        """Inner values that this graph declares a type for."""
+        return list(self._value_info)
+
+    def name_node(self, node: NodeProto, name: str) -> None:
+        """Give a node another name, "" for none."""
+        node.name = name
+        self._remember(name)
 
     def set_opset(self, domain: str, version: int) -> None:
         """Import an operator domain at a version, replacing what was imported."""

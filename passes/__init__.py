@@ -26,6 +26,7 @@ from onnxslim_lab.passes.quantize import Quantize
 from onnxslim_lab.passes.share import Share
 from onnxslim_lab.passes.simplify import Simplify
 from onnxslim_lab.passes.simplify_shapes import SimplifyShapes
+from onnxslim_lab.passes.strip import Strip
 
 PASSES: tuple[type[Pass], ...] = (
     Simplify,
@@ -50,4 +51,5 @@ PASSES: tuple[type[Pass], ...] = (
     Quantize,
     CorrectBias,
     Encode,
+    Strip,
 )

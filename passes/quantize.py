@@ -8,12 +8,18 @@ from pydantic import Field, field_validator, model_validator
 
 from onnxslim_lab.base import Context, Outcome, Pass
 from onnxslim_lab.graph import Graph
+from onnxslim_lab.profiles import find_profile
 from onnxslim_lab.quantization.dynamic import apply_dynamic
 from onnxslim_lab.quantization.ranges import Method
 from onnxslim_lab.quantization.static import apply_static
 from onnxslim_lab.quantization.types import find_type
-from onnxslim_lab.quantization.weight_only import apply_weight_only
+from onnxslim_lab.quantization.weight_fill import refill, refuse_fills, spread_fills
+from onnxslim_lab.quantization.weight_only import apply_weight_only, check_data
+from onnxslim_lab.quantization.weight_prepare import prepare_weights, share_constants
 from onnxslim_lab.selection import Patterns
+
+_ONE_SCALE = "a sum of products of codes has one scale for all its inputs, on every target"
+_EVEN_CODES = "layers that multiply codes take evenly spaced ones, on every target"
 
 
 class Quantize(Pass):
@@ -89,12 +95,15 @@ class Quantize(Pass):
     @model_validator(mode="after")
     def _check_static(self) -> Self:
         if self.mode == "static":
-            for field, value, known in (
-                ("granularity", self.granularity, ("tensor", "channel")),
-                ("rounding", self.rounding, ("auto", "nearest", "gptq", "adaround")),
+            for field, value, known, why in (
+                ("granularity", self.granularity, ("tensor", "channel"), _ONE_SCALE),
+                ("rounding", self.rounding, ("auto", "nearest", "gptq", "adaround"), _EVEN_CODES),
             ):
                 if value not in known:
-                    raise ValueError(f"mode static has no {field} {value}; choose {', '.join(known)}")
+                    raise ValueError(
+                        f"mode static has no {field}={value}: {why}; choose {field}={', '.join(known)}, or "
+                        "mode=weight-only"
+                    )
         return self
 
     @property
@@ -104,7 +113,34 @@ class Quantize(Pass):
 
     def apply(self, graph: Graph, context: Context) -> Outcome:
         """Quantize the model in place; see the class."""
+        outcome = self._apply(graph, context)
+        if self.target == "auto" and outcome.changes:
+            outcome.notices.append(self._choice())
+        return outcome
+
+    def _choice(self) -> str:
+        """Return which types the target "auto" stands for, and why."""
+        profile = find_profile(self.target)
+        chosen = {"weights": self.weights, "activations": self.activations}
+        auto = {name: getattr(profile, name) for name, value in chosen.items() if value == "auto"}
+        if self.mode != "static" or not auto:
+            return profile.notice
+        bits = " of 7 bits" if profile.reduce_range and "weights" in auto else ""
+        told = [f"{name} {kind}{bits if name == 'weights' else ''}" for name, kind in auto.items()]
+        return f"{profile.notice}; {', '.join(told)}"
+
+    def _apply(self, graph: Graph, context: Context) -> Outcome:
         if self.mode == "static":
-            return apply_static(graph, self, context)
+            filled = spread_fills(graph)
+            outcome = apply_static(graph, self, context)
+            if filled:
+                refill(graph)
+            return outcome
         step = self.model_copy(update={"rounding": "nearest"}) if self.rounding == "auto" else self
-        return (apply_dynamic if self.mode == "dynamic" else apply_weight_only)(graph, step, context)
+        check_data(step, context)
+        outcome = Outcome()
+        refuse_fills(graph, outcome)
+        step = prepare_weights(graph, step, context, outcome)
+        outcome.merge((apply_dynamic if self.mode == "dynamic" else apply_weight_only)(graph, step, context))
+        share_constants(graph, context)
+        return outcome

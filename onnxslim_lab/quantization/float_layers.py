@@ -15,6 +15,9 @@ GROUPS = 60
 
 _NOTICEABLE = 0.01  # least part of the loss that a set of layers must cause
 _STEPS = 4  # parts of the chosen layers that are tried
+_WORTH = 0.8  # times the loss, for layers to stay float: 1 dB; less is not worth what it takes of the speed
+_WORTH_SUMS = 0.6  # times the loss, for float sums: 2 dB
+_MOST_SUMS = 12  # sets of layers whose sums are tried
 _ENOUGH = 1.05  # a smaller part is taken when its loss is at most so many times the least
 
 
@@ -57,9 +60,10 @@ def choose(candidates: Sequence[Restored], budget: float) -> list[Restored]:
 def float_layers(judge: Judge, share: float, context: Context) -> tuple[list[Restored], float, float]:
     """Return the layers to leave float, the loss with all layers quantized, and the loss without these.
 
-    Layers whose multiply-accumulates are not known stay quantized. Each candidate is measured by the loss of the model in which it alone is quantized: rounding errors of
-    different layers add up, and so neighbours whose common values are the trouble are found, of which one
-    alone in float would help nothing. What is chosen is then tried, the worst part of it and all of it.
+    Layers whose multiply-accumulates are not known stay quantized. Each candidate is measured by the loss of
+    the model in which it alone is quantized: rounding errors of different layers add up, and so neighbours
+    whose common values are the trouble are found, of which one alone in float would help nothing. What is
+    chosen is then tried, the worst part of it and all of it, and dropped when it gains less than 1 dB.
 
     Args:
         judge: Measures the loss.
@@ -85,8 +89,45 @@ def float_layers(judge: Judge, share: float, context: Context) -> tuple[list[Res
         if count not in tried:
             tried[count] = judge.loss(without=[name for one in chosen[:count] for name in one.names])
     least = min(tried.values())
+    if least > whole * _WORTH:
+        return [], whole, whole
     count = min(count for count, loss in tried.items() if loss <= least * _ENOUGH)
     return chosen[:count], whole, tried[count]
+
+
+def float_sums(judge: Judge, without: Sequence[str], before: float, context: Context) -> float:
+    """Let convolutions of the plan whose rounded results spoil the outputs give float sums.
+
+    Those that nothing takes in codes are tried one set after another, and kept where the loss falls far:
+    the passes over their results take time.
+
+    Args:
+        judge: Measures the loss; its plan is edited.
+        without: Names of the layers that stay float.
+        before: The loss without any.
+        context: Its progress is told.
+
+    Returns:
+        The loss with what was kept.
+    """
+    plan = judge.plan
+    groups = groups_of(plan.summable(without), _MOST_SUMS)
+    trials = []
+    for number, group in enumerate(groups):
+        context.progress(number + 1, len(groups), f"float sums of {group[0].name}")
+        plan.summed = {layer.name for layer in group}
+        trials.append((judge.loss(without=without), plan.summed))
+    plan.summed, least = set(), before
+    for loss, names in sorted(trials, key=lambda trial: trial[0]):
+        if loss > before * _WORTH_SUMS:
+            break
+        plan.summed |= names
+        with_it = judge.loss(without=without)
+        if with_it > least * _WORTH:
+            plan.summed -= names
+        else:
+            least = with_it
+    return least
 
 
 def _macs(group: Sequence[StaticLayer]) -> int:

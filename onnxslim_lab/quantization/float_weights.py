@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from onnxslim_lab.base import Context, Outcome
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _NOTICEABLE = 1.25  # times the loss: 1 dB
 _FAINT = 1e-4  # a loss that is not noticed in any case: 40 dB
 _WIDER = "int16"
+_BLOCK = 32
 
 Stored = tuple[Place, str]
 """Where a weight is stored, equal in copies of the model."""
@@ -42,9 +44,10 @@ def store_weights(
     kind: QuantType | None = None,
     *,
     rounding: str = "nearest",
+    block: int = 0,
     decode: bool = False,
 ) -> None:
-    """Store weights in codes, a scale for each channel; what reads them computes in float.
+    """Store weights in codes, a scale for each channel or block; what reads them computes in float.
 
     Args:
         model: The main graph, edited.
@@ -55,11 +58,13 @@ def store_weights(
         outcome: Receives a change or a refusal for each weight.
         kind: The type; None: that of the layers on codes.
         rounding: How they are rounded.
+        block: Weights of a channel that share a scale; 0: all of them.
         decode: Whether all of them are decoded at load, which takes no time at inference; else each is
             written in the form that costs least memory for little time.
     """
     kind = kind or scheme.weights
-    part = step.model_copy(update={"weights": kind.name, "granularity": "channel"})
+    cut = {"granularity": "block", "block": block} if block else {"granularity": "channel"}
+    part = step.model_copy(update={"weights": kind.name, **cut})
     jobs = [weight_jobs.make_job(target, part, kind, scheme.profile) for target in _targets(model, weights)]
     if decode and scheme.profile.name.startswith("onnxruntime"):
         jobs = [replace(job, form="decoded") for job in jobs]
@@ -73,7 +78,7 @@ def store_float_layers(
     """Store the weights of layers that stay float for the sake of the outputs, unless that spoils them.
 
     All are tried at once in the type of the other weights, rounded to nearest; if that is noticed, one after
-    another so, by GPTQ, and in 16 bits; where all of it is noticed a weight stays float.
+    another so, by GPTQ, with more scales, and in 16 bits; where all of it is noticed a weight stays float.
 
     Args:
         model: The quantized model, edited.
@@ -89,16 +94,29 @@ def store_float_layers(
     limit = max(judge.loss_of(model) * _NOTICEABLE, _FAINT)
     outcome = Outcome()
 
-    def unnoticed(part: set[Stored], kind: QuantType, rounding: str) -> bool:
+    def unnoticed(part: set[Stored], kind: QuantType, rounding: str, block: int = 0) -> bool:
         """Store some weights if the outputs stay within the limit; return whether they do."""
         trial = model.copy()
-        store_weights(trial, part, step, scheme, context, Outcome(), kind, rounding=rounding, decode=True)
+        store = partial(
+            store_weights,
+            weights=part,
+            step=step,
+            scheme=scheme,
+            context=context,
+            kind=kind,
+            rounding=rounding,
+            block=block,
+            decode=True,
+        )
+        store(trial, outcome=Outcome())
         if judge.loss_of(trial) > limit:
             return False
-        store_weights(model, part, step, scheme, context, outcome, kind, rounding=rounding, decode=True)
+        store(model, outcome=outcome)
         return True
 
-    tries = [(scheme.weights, "nearest"), (scheme.weights, "gptq"), (find_type(_WIDER), "nearest")]
+    best = "nearest" if step.rounding == "nearest" else "gptq"
+    tries = [(scheme.weights, "nearest", 0), (scheme.weights, best, 0), (scheme.weights, best, _BLOCK)]
+    tries.append((find_type(_WIDER), "nearest", 0))
     if step.rounding == "nearest":
         del tries[1]
     if not unnoticed(weights, scheme.weights, "nearest"):

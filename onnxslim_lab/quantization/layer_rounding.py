@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from onnxslim_lab.layers import Layer
 from onnxslim_lab.quantization.adaround import learn_rounding
-from onnxslim_lab.quantization.numerics import Grid, dequantize
+from onnxslim_lab.quantization.numerics import Grid, dequantize, quantize
 from onnxslim_lab.quantization.rounding import descend, round_gptq
 from onnxslim_lab.statistics import Gram
 
@@ -23,7 +23,8 @@ SMALL = 64
 def round_layer(layer: Layer, grid: Grid, gram: Gram, *, learn: bool = False) -> Array:
     """Return the codes of a layer's weight, as its node sees it, by GPTQ and coordinate descent.
 
-    Many small groups (depthwise convolutions) are rounded at once, by coordinate descent alone.
+    Many small groups (depthwise convolutions) are rounded at once, by coordinate descent alone. Where activations
+    are so great that the Gram matrix overflows, to nearest.
 
     Args:
         layer: A Conv, Gemm or MatMul.
@@ -33,12 +34,15 @@ def round_layer(layer: Layer, grid: Grid, gram: Gram, *, learn: bool = False) ->
     """
     matrix = np.asarray(layer.matrix, np.float32)
     groups, out, size = matrix.shape
-    if groups > 1 and size <= SMALL and gram.full:
+    if groups > 1 and size <= SMALL and gram.full and np.isfinite(gram.xtx).all():
         return np.ascontiguousarray(layer.kind.weight(round_groups(matrix, grid, gram.xtx)))
     codes = np.empty(matrix.shape, grid.kind.dtype)
     for group in range(groups):
         rows = rows_of(grid, group * out, out)
         energy = gram.matrix[group]
+        if not np.isfinite(energy).all():
+            codes[group] = quantize(matrix[group], rows)
+            continue
         first = round_gptq(matrix[group], rows, energy)
         found = descend(matrix[group], rows, first, energy) if energy.ndim == 2 else first
         codes[group] = learn_rounding(matrix[group], rows, energy, start=found) if learn else found

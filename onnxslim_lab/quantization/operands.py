@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from onnx import NodeProto, TensorProto
+from onnx import NodeProto, TensorProto, numpy_helper
 
 from onnxslim_lab.floats import Array
 from onnxslim_lab.graph import Graph, attribute, is_op
@@ -85,17 +85,47 @@ def _only_reader(graph: Graph, value: str) -> NodeProto | None:
     return readers[0] if alone and readers[0].input[:1] == [value] and not readers[0].domain else None
 
 
+def codes_shape(graph: Graph, value: str) -> tuple[int, ...] | None:
+    """Return the shape of constant codes, stored as they are or behind a Cast; None when they are computed."""
+    found = graph.constant_type(value)
+    if found is not None:
+        return found[1]
+    cast = widening(graph, value)
+    return None if cast is None else codes_shape(graph, cast.input[0])
+
+
+def widening(graph: Graph, value: str) -> NodeProto | None:
+    """Return the Cast that makes a value of a constant, None when that is not what makes it."""
+    scope = graph.scope_of(value)
+    node = scope.producer(value) if scope else None
+    if scope is None or node is None or not is_op(node, "Cast") or not scope.is_constant(node.input[0]):
+        return None
+    return node
+
+
 def is_single(graph: Graph, operand: Operand) -> bool:
     """Whether there is one float32 scale for all codes, and it and the zero point are constants."""
     found = graph.constant_type(operand.scale)
     if found is None or found[0] != TensorProto.FLOAT or operand.block:
         return False
-    return int(np.prod(found[1])) == 1 and (not operand.zero or graph.is_constant(operand.zero))
+    return int(np.prod(found[1])) == 1 and (not operand.zero or _filled(graph, operand.zero) is not None)
+
+
+def _filled(graph: Graph, name: str) -> Array | None:
+    """Return a constant, or what ConstantOfShape makes of a constant shape."""
+    scope = graph.scope_of(name)
+    node = scope.producer(name) if scope else None
+    if scope is None or node is None or not is_op(node, "ConstantOfShape"):
+        return graph.constant(name)
+    shape, value = scope.constant(node.input[0]), attribute(node, "value")
+    if shape is None or value is None:
+        return None
+    return np.full(shape.astype(int).tolist(), numpy_helper.to_array(value).reshape(()))
 
 
 def zero_of(graph: Graph, operand: Operand) -> Array:
     """Return the constant zero points of an operand, 0 when it names none."""
-    found = graph.constant(operand.zero) if operand.zero else None
+    found = _filled(graph, operand.zero) if operand.zero else None
     return np.zeros((), np.int32) if found is None else found.astype(np.int32)
 
 
@@ -119,7 +149,7 @@ def misfit(graph: Graph, x: Operand, w: Operand) -> str:
         if operand.block:
             return "its scales differ by block"
         found = graph.constant_type(operand.scale)
-        if found is None or (operand.zero and not graph.is_constant(operand.zero)):
+        if found is None or (operand.zero and _filled(graph, operand.zero) is None):
             return "its scales or zero points are computed"
         if found[0] != TensorProto.FLOAT:
             return "it computes in float16, and operators on codes in float32"

@@ -16,6 +16,7 @@ from onnxslim_lab.quantization.operands import (
     Result,
     bias_codes,
     bias_values,
+    codes_shape,
     is_single,
     made,
     misfit,
@@ -72,10 +73,10 @@ class LayerWriter(OperatorWriter):
         values = bias_values(graph, bias) if bias else None
         if bias and values is None:
             return "its bias is computed"
-        weight = graph.constant_type(w.codes)
-        if weight is None:
+        shape = codes_shape(graph, w.codes)
+        if shape is None:
             return "its weight is computed"
-        ones = (1,) * (len(weight[1]) - 2)
+        ones = (1,) * (len(shape) - 2)
         zero = self.store(zeros.reshape(-1)[0].astype(np.int8 if w.kind == TensorProto.INT8 else np.uint8))
         factor = self.store(scale.reshape(-1, *ones) if scale.size > 1 else scale.reshape(()))
         inputs = [x.codes, w.codes, self.zero(x), zero]
@@ -90,8 +91,8 @@ class LayerWriter(OperatorWriter):
             attribute(node, "transA", 0) or {attribute(node, k, 1.0) for k in ("alpha", "beta")} != {1.0}
         ):
             return "alpha or beta is not 1, or its input is transposed"
-        weight = graph.constant_type(w.codes)
-        rank = len(weight[1]) if weight else 0
+        shape = codes_shape(graph, w.codes)
+        rank = len(shape) if shape else 0
         single = is_single(graph, w)
         if not single and (not rank or w.axis % rank != (0 if turned else rank - 1)):
             return "its weight has scales along another axis than the columns"
@@ -114,7 +115,7 @@ class LayerWriter(OperatorWriter):
         values = bias_values(graph, bias) if bias else None
         if bias and values is None:
             return "its bias is computed"
-        if turned and weight is None:
+        if turned and shape is None:
             return "its weight is computed and transposed"
         if turned:
             w = Operand(self.transposed(w.codes), w.scale, w.zero, w.kind, 1, 0)
@@ -139,8 +140,8 @@ class LayerWriter(OperatorWriter):
         graph, output, bias = self.graph, node.output[0], ""
         found = self._bias_behind(node)
         removed = [node]
-        shape = graph.constant_type(w.codes)
-        if found and shape and found[2].shape == shape[1][-1:]:
+        shape = codes_shape(graph, w.codes)
+        if found and shape and found[2].shape == shape[-1:]:
             add, _, values = found
             removed.append(add)
             output, bias = add.output[0], self.store(values)

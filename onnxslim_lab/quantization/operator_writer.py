@@ -10,10 +10,10 @@ import numpy as np
 from onnx import AttributeProto, NodeProto, TensorProto, helper
 
 from onnxslim_lab.floats import Array
-from onnxslim_lab.graph import Graph
+from onnxslim_lab.graph import Graph, attribute
 from onnxslim_lab.quantization.microsoft import import_domain
 from onnxslim_lab.quantization.numerics import Grid, quantize
-from onnxslim_lab.quantization.operands import Operand, Result, zero_of
+from onnxslim_lab.quantization.operands import Operand, Result, widening, zero_of
 from onnxslim_lab.quantization.operators import clip_bounds
 from onnxslim_lab.quantization.types import QUANT_TYPES
 from onnxslim_lab.rewriting.removal import release
@@ -51,10 +51,14 @@ class OperatorWriter:
         return [operand.codes, operand.scale, self.zero(operand)]
 
     def transposed(self, codes: str) -> str:
-        """Store a constant matrix of codes transposed."""
+        """Store a constant matrix of codes transposed, behind the Cast that it may be behind; return its name."""
         array = self.graph.constant(codes)
-        assert array is not None
-        return self.store(np.ascontiguousarray(array.T))
+        if array is not None:
+            return self.store(np.ascontiguousarray(array.T))
+        cast = widening(self.graph, codes)
+        assert cast is not None
+        kind = attribute(cast, "to")
+        return self.graph.emit("Cast", [self.transposed(cast.input[0])], name="c", to=kind).output[0]
 
     def put(
         self,

@@ -22,6 +22,8 @@ Array = NDArray[Any]
 CANDIDATES: tuple[Method, ...] = ("minmax", "mse", "percentile")
 """Ways to choose ranges that "auto" tries on the whole model."""
 
+_MACS = 1 << 34  # of all feeds that a choice is judged by: a second or so, about what loading the model takes
+_FEWEST_FEEDS, _MOST_FEEDS = 4, 32
 _RUNS = 6  # the first of which load
 _SLOWER = 1.05  # what is less is noise
 _LEAST_PROBABILITY = 1e-9  # what is less is not told apart
@@ -34,13 +36,16 @@ class Judge:
     Args:
         plan: The plan.
         context: Its calibration runs the models.
-        feeds: How many of the first feeds to run; quantized models are run on these only.
+        feeds: How many of the first feeds to run; quantized models are run on these only. None: as many as
+            are worth the time by the multiply-accumulates of one.
     """
 
-    def __init__(self, plan: Plan, context: Context, feeds: int = 4) -> None:
+    def __init__(self, plan: Plan, context: Context, feeds: int | None = None) -> None:
         assert context.calibration is not None
         self.plan = plan
         self._runner = context.calibration.runner
+        if feeds is None:
+            feeds = int(np.clip(_MACS // max(plan.macs, 1), _FEWEST_FEEDS, _MOST_FEEDS))
         self._feeds = [feed for feed, _ in zip(context.calibration.data.feeds, range(feeds), strict=False)]
         self._reference = self._runner.run(plan.model, self._feeds)
 

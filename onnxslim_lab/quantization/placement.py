@@ -3,8 +3,9 @@
 A pair of QuantizeLinear and DequantizeLinear goes
 
 - on the input of every layer;
-- on what a Conv gives (after the Relu or Clip that vanishes into it): without, it does not run on codes.
-  MatMul and Gemm give float results from codes, so that nothing is rounded again where nothing needs codes;
+- on what a Conv gives (after the Relu or Clip that vanishes into it): without, it does not run on codes,
+  unless it is written as a ConvInteger. MatMul and Gemm give float results from codes, so that nothing is
+  rounded again where nothing needs codes;
 - on what lies between, if values come quantized and are wanted quantized: no island of codes between float
   operators, none of float operators between codes where the operator has a kernel on codes.
 
@@ -13,7 +14,7 @@ Values that an operator only moves share one grid, inputs of a Concat that nothi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from onnx import NodeProto, TensorProto
@@ -54,7 +55,12 @@ class Placement:
 
 
 def place(
-    graph: Graph, layers: Sequence[Layer], operators: Mapping[str, Operator], *, by_codes: bool = True
+    graph: Graph,
+    layers: Sequence[Layer],
+    operators: Mapping[str, Operator],
+    *,
+    by_codes: bool = True,
+    summed: Collection[int] = (),
 ) -> Placement:
     """Return what to quantize so that `layers` run on codes.
 
@@ -63,8 +69,9 @@ def place(
         layers: Conv, Gemm and MatMul whose second input is a weight.
         operators: What the target runs in integers.
         by_codes: Whether Relu, Clip and Pad may be put between codes.
+        summed: Ids of the Conv nodes whose results stay float, but for what takes codes.
     """
-    return _Placing(graph, layers, operators, by_codes=by_codes).run()
+    return _Placing(graph, layers, operators, by_codes=by_codes, summed=summed).run()
 
 
 def fused_output(graph: Graph, node: NodeProto) -> str:
@@ -81,8 +88,15 @@ def fused_output(graph: Graph, node: NodeProto) -> str:
 
 class _Placing:
     def __init__(
-        self, graph: Graph, layers: Sequence[Layer], operators: Mapping[str, Operator], *, by_codes: bool
+        self,
+        graph: Graph,
+        layers: Sequence[Layer],
+        operators: Mapping[str, Operator],
+        *,
+        by_codes: bool,
+        summed: Collection[int],
     ) -> None:
+        self.summed = summed
         self.operators = operators
         self.graph = graph
         self.nodes = graph.nodes
@@ -125,7 +139,7 @@ class _Placing:
             value = self.results[id(node)] = fused_output(self.graph, node)
             if value != node.output[0]:
                 self.fused.add(id(self.graph.producer(value)))
-            if id(node) in self.layers and node.op_type == "Conv":
+            if id(node) in self.layers and node.op_type == "Conv" and id(node) not in self.summed:
                 made.append(value)
         return made
 

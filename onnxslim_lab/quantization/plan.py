@@ -15,8 +15,11 @@ from onnxslim_lab.layers import Layer, find_layers
 from onnxslim_lab.quantization.gates import gate_grids
 from onnxslim_lab.quantization.numerics import Grid, grid_of, quantize, weight_grid
 from onnxslim_lab.quantization.placement import Placement, place
-from onnxslim_lab.quantization.ranges import Method, Range, choose_range
+from onnxslim_lab.quantization.ranges import Method, Range, allow_for_unseen, choose_range
+from onnxslim_lab.quantization.shielding import keep_float, keep_on_codes
 from onnxslim_lab.quantization.static_layers import Key, StaticLayer, added_bias, key_of, weight_axis
+from onnxslim_lab.quantization.static_types import is_onnxruntime, widened, widens
+from onnxslim_lab.quantization.sums import summable, write_sums
 from onnxslim_lab.quantization.types import QuantType
 from onnxslim_lab.quantization.writer import GraphWriter, widen_for_bias
 from onnxslim_lab.statistics import Statistics, ValueStatistics
@@ -72,6 +75,7 @@ class Plan:
         methods: Ways to choose the ranges of single values.
         method: The way for the others; None: the scheme's.
         shifts: What their rounding takes from the mean of each output, to be added to the bias.
+        summed: Names of Conv layers that give the sums of products in float, unrounded, as ConvInteger does.
     """
 
     model: Graph
@@ -82,6 +86,7 @@ class Plan:
     shifts: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
     methods: dict[tuple[Place, str], Method] = field(default_factory=dict)
     method: Method | None = None
+    summed: set[str] = field(default_factory=set)
     _ranges: dict[tuple[Place, str, Method], Range] = field(default_factory=dict)
     _weights: dict[str, Codes] = field(default_factory=dict)
 
@@ -89,6 +94,21 @@ class Plan:
     def macs(self) -> int:
         """Multiply-accumulates of all layers that can run on codes."""
         return sum(layer.macs or 0 for layer in self.layers)
+
+    def summable(self, without: Collection[str]) -> list[StaticLayer]:
+        """Return the layers that may give float sums when all but `without` run on codes."""
+        if not self.scheme.by_codes:
+            return []
+        found = []
+        for part in self.model.walk():
+            here = {
+                id(planned.layer): planned
+                for planned in self.layers
+                if planned.layer.graph is part and planned.name not in without
+            }
+            layers = [planned.layer for planned in here.values()]
+            found += [here[id(one)] for one in summable(part, layers, self.scheme.profile.operators)]
+        return found
 
     def use_ranges(self, method: Method) -> None:
         """Choose the ranges of activations in another way from now on."""
@@ -122,6 +142,7 @@ class Plan:
                     [layer for _, layer in found],
                     self.scheme.profile.operators,
                     by_codes=self.scheme.by_codes,
+                    summed=[id(layer.node) for planned, layer in found if planned.name in self.summed],
                 )
                 places.append((found, placed))
         stored: dict[tuple[Any, ...], tuple[str, list[str]]] = {}
@@ -130,6 +151,11 @@ class Plan:
             for planned, layer in found:
                 self._write_layer(writer, planned, layer, stored, outcome)
             writer.write_activations()
+            write_sums(placed.graph, [layer for planned, layer in found if planned.name in self.summed])
+        if is_onnxruntime(self.scheme.profile):
+            for part in graph.walk():
+                keep_float(part)
+                keep_on_codes(part)
         return outcome
 
     def _chosen(self, without: Iterable[str], only: Iterable[str] | None) -> dict[Key, StaticLayer]:
@@ -177,13 +203,15 @@ class Plan:
         method = self.methods.get(where, self.method or scheme.ranges)
         key = (*where, method)
         if key not in self._ranges:
-            self._ranges[key] = choose_range(
-                self.statistics_of(graph, value),
+            statistics = self.statistics_of(graph, value)
+            ends = choose_range(
+                statistics,
                 scheme.activations,
                 method,
                 symmetric=scheme.symmetric_activations,
                 percentile=scheme.percentile,
             )
+            self._ranges[key] = allow_for_unseen(ends, statistics) if scheme.ranges == "auto" else ends
         return self._ranges[key]
 
     def statistics_of(self, graph: Graph, value: str) -> ValueStatistics:
@@ -248,7 +276,11 @@ class Plan:
             name = owner.fresh_name("w")
             owner.set_constant(name, codes, grid.kind.data_type)
             brief = layer.op_type == "Conv"
-            stored[key] = name, writer.parameters(grid, owner=owner, brief=brief)
+            if widens(self.scheme.activations, grid.kind, self.scheme.profile):
+                name, read = writer.widen(owner, name), widened(grid)
+            else:
+                read = grid
+            stored[key] = name, writer.parameters(read, owner=owner, brief=brief)
         name, parameters = stored[key]
         writer.write_weight(layer, name, parameters, grid.axis)
         folds = self.scheme.profile.name.startswith("onnxruntime")

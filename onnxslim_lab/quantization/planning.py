@@ -14,6 +14,7 @@ from onnxslim_lab.profiles import find_profile
 from onnxslim_lab.quantization.layer_rounding import output_shift, round_layer
 from onnxslim_lab.quantization.plan import Plan, Scheme, bias_of, values_of
 from onnxslim_lab.quantization.static_layers import StaticLayer, key_of, why_not_static
+from onnxslim_lab.quantization.static_types import check_types
 from onnxslim_lab.quantization.types import find_type
 from onnxslim_lab.selection import Target
 from onnxslim_lab.statistics import Calibration, Statistics, Want
@@ -23,10 +24,15 @@ if TYPE_CHECKING:
 
 
 def scheme_of(step: Quantize) -> Scheme:
-    """Return the types and options of a step, "auto" decided by its target."""
+    """Return the types and options of a step, "auto" decided by its target.
+
+    Raises:
+        ParameterError: The target does not run layers of these types.
+    """
     profile = find_profile(step.target)
     activations = find_type(profile.activations if step.activations == "auto" else step.activations)
     weights = find_type(profile.weights if step.weights == "auto" else step.weights)
+    check_types(activations, weights, profile)
     return Scheme(
         activations=activations,
         weights=weights,
@@ -89,7 +95,9 @@ def make_plan(
         raise ParameterError("quantize needs calibration data to choose the ranges of activations by")
     values = values_of(model, layers, scheme)
     histogram = scheme.ranges not in ("minmax", "average")
-    statistics = calibration.collect(model, [Want(*value, histogram=histogram) for value in values])
+    average = scheme.ranges != "minmax"
+    wants = [Want(*value, histogram=histogram, average=average) for value in values]
+    statistics = calibration.collect(model, wants)
     sound: list[StaticLayer] = []
     unseen: dict[str, str] = {}
     for planned in layers:

@@ -31,6 +31,7 @@ Method = Literal["auto", "minmax", "percentile", "entropy", "mse", "average"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
 _SHARES = 2.0 ** -np.arange(0, 12, 0.25)  # of the full range, coarse search
+_UNSEEN = 4.0  # times the range over the elements seen
 _INSIDE = np.linspace(-1, 1, 33)  # fine search, in units of a coarse step
 
 
@@ -66,6 +67,8 @@ def choose_range(
     if method == "minmax":
         return full
     if method == "average":
+        if not statistics.samples:
+            raise ParameterError("ranges: average needs the averages; collect with Want(average=True)")
         low = max(statistics.average_low, statistics.low)
         return _closed(low, min(statistics.average_high, statistics.high), symmetric)
     if statistics.histogram is None:
@@ -87,6 +90,18 @@ def choose_range(
     ends = np.array(ranges)
     rounding, clipping = errors(bins, kind, ends, symmetric=symmetric, reduce_range=reduce_range)
     return ranges[int(np.argmin(rounding + clipping))]
+
+
+def allow_for_unseen(ends: Range, statistics: ValueStatistics) -> Range:
+    """Return a range with room for what more data would show; of many elements next to none.
+
+    Of n elements spread evenly, the least and the greatest stay short of the true ends by 1/n of the range
+    on average; bells and longer tails fall short by more, hence a few times that. It matters to values that
+    each sample has one or a few of: 12 % at 32 elements, 0.01 % at 40,000. An end at 0 is not moved.
+    """
+    low, high = ends
+    room = _UNSEEN * (high - low) / max(statistics.count, 1)
+    return (low - room if low < 0 else low), (high + room if high > 0 else high)
 
 
 def expected_error(

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from onnxslim_lab.base import Context, Outcome
+from onnxslim_lab.base import Change, Context, Outcome
 from onnxslim_lab.errors import ParameterError
 from onnxslim_lab.graph import Graph
 from onnxslim_lab.layers import Layer
 from onnxslim_lab.macs import fed_sizes
 from onnxslim_lab.quantization import weight_jobs
-from onnxslim_lab.quantization.float_layers import float_layers
+from onnxslim_lab.quantization.float_layers import float_layers, float_sums
 from onnxslim_lab.quantization.float_weights import store_float_layers, store_weights, stored
 from onnxslim_lab.quantization.output_loss import Judge, choose_ranges, decibels, slower
 from onnxslim_lab.quantization.plan import Plan, Scheme
@@ -123,14 +123,22 @@ def _stay_float(judge: Judge, step: Quantize, context: Context, outcome: Outcome
                 f"stays float: quantized alone it causes {part} of the output error that all cause together, "
                 f"with {share:.2%} of the multiply-accumulates",
             )
-    if restored:
-        names = [name for one in restored for name in one.names]
-        share = sum(one.macs for one in restored) / max(plan.macs, 1)
+    names = [name for one in restored for name in one.names]
+    spoilt = after
+    after = float_sums(judge, names, after, context)
+    if plan.summed:
         outcome.change(
             plan.model.name,
-            f"{len(names)} layers with {share:.1%} of the multiply-accumulates stay float: the output error falls "
-            f"from {decibels(before):.1f} to {decibels(after):.1f} dB",
+            f"{len(plan.summed)} convolutions on codes give float results, by ConvInteger: the output error "
+            f"falls from {decibels(spoilt):.1f} to {decibels(after):.1f} dB",
         )
+    if restored:
+        share = sum(one.macs for one in restored) / max(plan.macs, 1)
+        what = (
+            f"{len(names)} layers with {share:.1%} of the multiply-accumulates stay float: the output error falls "
+            f"from {decibels(before):.1f} to {decibels(spoilt):.1f} dB"
+        )
+        outcome.changes.append(Change(plan.model.name, what, detail={"float_macs": share}))
         return names
     outcome.refuse(plan.model.name, "no layer stays float: none saves a noticeable part of the output error")
     return []

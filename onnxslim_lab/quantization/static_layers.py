@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 from onnx import NodeProto, TensorProto
 
 from onnxslim_lab.graph import Graph, attribute, is_op
@@ -66,6 +67,17 @@ def why_not_static(layer: Layer, profile: Profile) -> str:
             return "its bias is computed or not one value for each column"
     if op_type == "Conv" and layer.bias and not layer.graph.is_constant(layer.bias):
         return "its bias is computed"
+    return _not_finite(layer)
+
+
+def _not_finite(layer: Layer) -> str:
+    """Return which constant of a layer has values that no code stands for, "" when none has."""
+    added = added_bias(layer)
+    bias = added[0].input[added[1]] if added else layer.bias
+    for what, graph, name in (("weight", layer.weight_graph, layer.weight), ("bias", layer.graph, bias)):
+        values = graph.constant(name) if name else None
+        if values is not None and not np.isfinite(values).all():
+            return f"its {what} has NaN or infinite values: they have no code"
     return ""
 
 

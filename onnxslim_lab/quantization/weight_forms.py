@@ -82,7 +82,7 @@ def least_opset(form: Form, kind: QuantType, *, block: bool, axis: bool) -> int:
         return max(kind.opset, BLOCK_OPSET if block else AXIS_OPSET if axis else 10)
     if form == "looked up":
         return max(11, BLOCK_OPSET if block else 10)
-    return 0
+    return kind.opset if form == "decoded" and kind.floating else 0  # that of Cast, too
 
 
 def write_fused(weight: QuantizedWeight) -> None:
@@ -164,7 +164,10 @@ def write_looked_up(weight: QuantizedWeight) -> None:
     wide = kind.dtype if kind.bits >= 8 else np.dtype(np.int8 if kind.signed else np.uint8)
     codes = weight.codes[:, :, 0] if kind.bits >= 8 else packed_rows(weight)
     names = [_store(weight, weight.layer, "quantized", codes, owner=True)]
-    names.append("" if weight.per_tensor else _store(weight, weight.layer, "scale", scales, owner=True))
+    with np.errstate(over="ignore"):
+        half = scales.astype(np.float16)
+    stored = half if np.array_equal(half, scales) else scales  # in half the bytes where that is exact
+    names.append("" if weight.per_tensor else _store(weight, weight.layer, "scale", stored, owner=True))
     offset = weight.needs_zero_point and not weight.per_tensor
     names.append(_store(weight, weight.layer, "zero_point", zero.astype(wide), owner=True) if offset else "")
     for layer in weight.layers:
@@ -191,6 +194,10 @@ def _look_up(weight: QuantizedWeight, layer: Layer, names: list[str], scales: Ar
         graph.emit("DequantizeLinear", inputs, [output], name=f"{label}_dequantize")
         return
     inputs = [value, *(gathered(name) for name in names[1:] if name)]
+    used = layer.stored.used_type
+    stored = weight.graph.constant_type(names[1])
+    if stored is not None and stored[0] != used:
+        inputs[1] = str(graph.emit("Cast", [inputs[1]], name=f"{label}_scales", to=used).output[0])
     if graph.opset() >= BLOCK_OPSET:
         graph.emit(
             "DequantizeLinear",
@@ -201,7 +208,6 @@ def _look_up(weight: QuantizedWeight, layer: Layer, names: list[str], scales: Ar
             block_size=weight.block,
         )
         return
-    used = layer.stored.used_type
     real = [graph.emit("Cast", [name], name=f"{label}_real", to=used).output[0] for name in inputs[::2]]
     if len(real) > 1:
         real[0] = graph.emit("Sub", real, name=f"{label}_centre").output[0]

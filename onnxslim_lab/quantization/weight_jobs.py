@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from onnx import TensorProto
+
 from onnxslim_lab.base import Outcome
 from onnxslim_lab.errors import ParameterError, quote, suggest
 from onnxslim_lab.graph import Graph
@@ -14,6 +16,9 @@ from onnxslim_lab.quantization.weight_forms import Form, can_look_up, fuses, lea
 from onnxslim_lab.quantization.weight_layout import Layout, layout_of
 from onnxslim_lab.selection import Target, find_targets
 from onnxslim_lab.targets.model import Profile
+
+_HALF_OPSET = 19  # of DequantizeLinear whose scales are float16
+_DEQUANTIZED = ("fused", "dequantized", "looked up")
 
 
 class WeightOnlyStep(Protocol):
@@ -55,7 +60,9 @@ class Job:
     @property
     def opset(self) -> int:
         """The least opset of its form."""
-        return least_opset(self.form, self.kind, block=self.blocks > 1, axis=self.block > 0)
+        least = least_opset(self.form, self.kind, block=self.blocks > 1, axis=self.block > 0)
+        half = self.target.layer.stored.data_type == TensorProto.FLOAT16
+        return max(least, _HALF_OPSET) if half and self.form in _DEQUANTIZED else least
 
     @property
     def blocks(self) -> int:

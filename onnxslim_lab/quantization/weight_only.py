@@ -19,12 +19,15 @@ from onnxslim_lab.quantization.quantized_weight import QuantizedWeight
 from onnxslim_lab.quantization.weight_decoders import can_decode, decoder, narrowed, write_decoded
 from onnxslim_lab.quantization.weight_forms import write_dequantized, write_fused, write_looked_up
 from onnxslim_lab.quantization.weight_jobs import Job, WeightOnlyStep, make_job, select, weight_type
+from onnxslim_lab.quantization.weight_metric import table_metric
 from onnxslim_lab.quantization.weight_rounding import Scheme, needs_gram, rounded, shared_values, value_error
 from onnxslim_lab.statistics import Gram
 
 _STEM = "q"  # of the names of what decodes a weight
+_NARROW = 8  # bits of codes whose scales need no more than float16
 _NODES_BYTES = 200  # of the nodes and names of a form, about
 _NOT_FINITE = "the weight has NaN or infinite values: they have no code"
+_OVERFLOW = "rounded to nearest: the squares of its inputs overflow"
 _WRITERS = {
     "fused": write_fused,
     "looked up": write_looked_up,
@@ -144,14 +147,20 @@ def _round(
     model: Graph, jobs: Sequence[Job], scheme: Scheme, context: Context, outcome: Outcome
 ) -> Iterator[tuple[Job, QuantizedWeight]]:
     """Yield each weight in codes; those that cannot be are refused."""
-    for number, (job, gram) in enumerate(_with_grams(model, jobs, scheme.rounding, context)):
+    for number, (job, found) in enumerate(_with_grams(model, jobs, scheme.rounding, context)):
         context.progress(number, len(jobs), f"round {job.target.where}")
         values = job.target.read()
         if not np.isfinite(values).all():
             outcome.refuse(job.target.where, _NOT_FINITE)
             continue
-        weight = rounded(values, job.target.layers, job.layout, job.kind, job.block, scheme, gram)
-        if job.form == "decoded" and job.kind.bits < 8:
+        gram, metric = found, None
+        if found is not None and not np.isfinite(found.matrix).all():
+            outcome.refuse(job.target.where, _OVERFLOW)
+            gram = None
+        if needs_gram(scheme.rounding) and found is None and job.block:
+            metric = table_metric(model, job.target.layers, context)
+        weight = rounded(values, job.target.layers, job.layout, job.kind, job.block, scheme, gram, metric)
+        if job.form in ("decoded", "looked up") and job.kind.bits <= _NARROW:
             weight = narrowed(weight)
         if job.form == "decoded" and not can_decode(weight):
             opset = weight.graph.opset()

@@ -20,6 +20,7 @@ from onnxslim_lab.quantization.weight_layout import Layout
 from onnxslim_lab.statistics import Gram
 
 _PIECE = 1 << 21  # elements at a time
+_THOROUGH = 1 << 25  # elements times the length of a channel, up to which starts are many
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def rounded(
     block: int,
     scheme: Scheme,
     gram: Gram | None = None,
+    metric: Array | None = None,
 ) -> QuantizedWeight:
     """Return a weight in codes.
 
@@ -61,6 +63,7 @@ def rounded(
         block: Weights per scale along the middle axis of the layout; 0: one scale for all.
         scheme: How to round.
         gram: Of the layout's source; None rounds value by value.
+        metric: By which errors of every channel count, (length, length), where there is no Gram matrix.
     """
     array = layout.of(values).astype(np.float32, copy=False)
     dtype = scale_dtype(layers)
@@ -70,7 +73,7 @@ def rounded(
             layers, layout, *_per_tensor(array, layout, kind, scheme, dtype, gram if usable else None)
         )
     if gram is None or not usable:
-        return QuantizedWeight(layers, layout, *_nearest(array, kind, block, scheme, dtype))
+        return QuantizedWeight(layers, layout, *_alone(array, kind, block, scheme, dtype, metric))
     found = []
     for group, rows in enumerate(layout.rows(array)):
         energy = shrunk(gram, group)
@@ -129,8 +132,10 @@ def shared_values(values: Array, layout: Layout, bits: int, gram: Gram | None) -
     return np.ascontiguousarray(result.reshape(values.shape).astype(values.dtype))
 
 
-def _nearest(array: Array, kind: QuantType, block: int, scheme: Scheme, dtype: Any) -> tuple[Array, Grid]:
-    """Return codes and grid with the scales of least squared error of the weight itself, value by value."""
+def _alone(
+    array: Array, kind: QuantType, block: int, scheme: Scheme, dtype: Any, metric: Array | None
+) -> tuple[Array, Grid]:
+    """Return codes and grid of least error of the weight itself: squared, value by value, or by a metric."""
     outer, length, inner = array.shape
     shape = (outer, -(-length // block), inner)
     codes, bounds = np.empty(array.shape, kind.dtype), None
@@ -140,9 +145,11 @@ def _nearest(array: Array, kind: QuantType, block: int, scheme: Scheme, dtype: A
         found = fit(
             rows.reshape(-1, length),
             kind,
+            metric,
             block=block,
-            rounding="nearest",
-            rounds=1,
+            rounding="nearest" if metric is None else "gptq",
+            rounds=1 if metric is None else 2,
+            thorough=metric is not None and array.size * length <= _THOROUGH,
             dtype=dtype,
             symmetric=scheme.symmetric,
             reduce_range=scheme.reduce_range,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from onnx import NodeProto
+from onnx import NodeProto, TensorProto
 
 from onnxslim_lab.floats import Array
 from onnxslim_lab.graph import Graph
@@ -177,6 +177,14 @@ class GraphWriter:
         graph.set_input(quantizer, 0, node.input[0])
         graph.remove(node)
         release(graph, node.input[1:])
+
+    @staticmethod
+    def widen(owner: Graph, codes: str) -> str:
+        """Cast stored codes of 2 or 4 bits to int8, which a runtime that folds constants does once; return the name."""
+        known = owner.constant_type(codes)
+        name = owner.emit("Cast", [codes], name="c", to=TensorProto.INT8).output[0]
+        owner.set_type(name, TensorProto.INT8, known[1] if known else None)
+        return name
 
     def write_weight(self, layer: Layer, codes: str, names: list[str], axis: int | None) -> None:
         """Let a layer read a stored quantized weight."""

@@ -1,0 +1,37 @@
+"""Convolutions on codes whose results stay float: ConvInteger, which gives the sums of products unrounded.
+
+QLinearConv rounds what it gives to 8 bits. Where that spoils the outputs and nothing takes the result in codes,
+ConvInteger -> Cast -> Mul (-> Add) computes the same products and rounds nothing; its passes over the result
+take time that a QLinearConv does not.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from onnxslim_lab.graph import Graph, attribute
+from onnxslim_lab.layers import Layer
+from onnxslim_lab.quantization.operator_layers import LayerWriter
+from onnxslim_lab.quantization.placement import fused_output, place
+from onnxslim_lab.targets.model import Operator
+
+
+def write_sums(graph: Graph, layers: Iterable[Layer]) -> None:
+    """Write Conv layers between codes and float as ConvInteger; those whose result is quantized stay."""
+    writer = LayerWriter(graph, Counter(), microsoft=False)
+    for layer in layers:
+        writer.layer(layer.node)
+
+
+def summable(graph: Graph, layers: Sequence[Layer], operators: Mapping[str, Operator]) -> list[Layer]:
+    """Return the Conv layers of one graph whose results nothing takes in codes when they stay float.
+
+    Args:
+        graph: The float graph; read only.
+        layers: All of its layers on codes.
+        operators: What the target runs in integers.
+    """
+    able = [layer for layer in layers if layer.op_type == "Conv" and attribute(layer.node, "group", 1) == 1]
+    placed = place(graph, layers, operators, summed=[id(layer.node) for layer in able])
+    return [layer for layer in able if fused_output(graph, layer.node) not in placed.roots]
