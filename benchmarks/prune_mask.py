@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from onnxslim_lab.floats import Array, blocks, kth_magnitude
-from onnxslim_lab.passes.prune import zero_upto, zeros_wanted
+from onnxslim_lab.second_order.magnitude import zero_upto, zeros_wanted
 
 FRACTIONS = (0.05, 0.5, 0.777, 0.92, 0.999)
 

@@ -36,7 +36,8 @@ class PruneChannels(Pass):
 
     `macs` of all multiply-accumulates go, from where the work that is saved costs least (what is written to
     memory is work too). `criterion` says what a channel costs: "l1", "l2" its part of the weights, "activation"
-    its part of the energy that layers read, "obs" what it takes from the outputs of the layers that read it when
+    its part of the energy that layers read, "sensitivity" that part of what the model's outputs change when
+    a quarter of its group goes (a run on a few feeds for each group), "obs" what it takes from the outputs of the layers that read it when
     their weights are refitted (the channel as a block of optimal brain surgeon). `refit` solves for the weights
     and biases that are left, layer after layer, so that each gives what it gave in the original model.
     `threshold` removes instead every channel whose root mean square activation is smaller. `widths` also cuts
@@ -56,7 +57,9 @@ class PruneChannels(Pass):
     level: ClassVar[Literal["graph", "model"]] = "model"
 
     macs: float = Field(0.3, gt=0, lt=1, description="part of the multiply-accumulates to remove")
-    criterion: Literal["l1", "l2", "activation", "obs"] = Field("obs", description="what a channel costs")
+    criterion: Literal["l1", "l2", "activation", "sensitivity", "obs"] = Field(
+        "obs", description="what a channel costs"
+    )
     threshold: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="instead of macs: channels with smaller activations go"
     )
@@ -79,12 +82,12 @@ class PruneChannels(Pass):
 
     @property
     def _refits(self) -> bool:
-        return self.refit == "network" or (self.refit == "auto" and self.criterion in ("activation", "obs"))
+        return self.refit == "network" or (self.refit == "auto" and self.criterion not in ("l1", "l2"))
 
     @property
     def needs_calibration(self) -> bool:
         """Whether it measures activations."""
-        return self._refits or self.criterion in ("activation", "obs")
+        return self._refits or self.criterion not in ("l1", "l2")
 
     def apply(self, graph: Graph, context: Context) -> Outcome:
         """Remove channels from the whole model in place.

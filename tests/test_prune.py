@@ -14,7 +14,9 @@ from onnxslim_lab.errors import ParameterError
 from onnxslim_lab.floats import kth_magnitude, magnitude_bits
 from onnxslim_lab.graph import Graph
 from onnxslim_lab.passes import prune
-from onnxslim_lab.passes.prune import Prune, pattern_mask, smallest_in_rows, zero_below, zero_smallest
+from onnxslim_lab.passes.prune import Prune
+from onnxslim_lab.second_order import magnitude
+from onnxslim_lab.second_order.magnitude import pattern_mask, smallest_in_rows, zero_below, zero_smallest
 
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
 few_values = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.5, 1e-45, -1e-45, 3e38, np.inf, -np.inf, 1e-40])
@@ -59,6 +61,7 @@ def draw(shape, seed=0, dtype=np.float32):
 
 def test_doctests():
     assert doctest.testmod(prune).failed == 0
+    assert doctest.testmod(magnitude).failed == 0
 
 
 @given(matrices(), st.data())

@@ -2,17 +2,21 @@
 
 import math
 import re
+import tracemalloc
 
 import numpy as np
 import pytest
 from passes_helper import runner
 
 from onnxslim_lab import Context, Graph
+from onnxslim_lab.base import Outcome
 from onnxslim_lab.data import Dataset
 from onnxslim_lab.errors import ParameterError
 from onnxslim_lab.passes.prune import Prune
 from onnxslim_lab.passes.share import Share
+from onnxslim_lab.second_order.pruning import target_grams
 from onnxslim_lab.second_order.sharing import share_by_output
+from onnxslim_lab.selection import find_targets
 from onnxslim_lab.statistics import Calibration, Gram
 
 MLP = """<ir_version: 8, opset_import: ["" : 17]>
@@ -206,3 +210,45 @@ def test_other_float_types_keep_theirs(dtype):
     Prune(criterion="obs", sparsity=0.5).run(graph, Context(calibration=calibration(feeds)))
     assert graph.constant("a").dtype == dtype
     assert np.isfinite(graph.constant("a").astype(np.float64)).all()
+
+
+def test_gram_matrices_are_made_used_and_dropped_group_by_group():
+    """24 layers of 512 inputs: 50 MB of Gram matrices under a budget of 16 MiB."""
+    steps = (
+        "\n".join(f"h{n + 1} = MatMul(h{n}, w{n})" for n in range(24))
+        .replace("h0,", "x,")
+        .replace("h24", "y")
+    )
+    weights = ", ".join(f"float[1] w{n} = {{0}}" for n in range(24))
+    graph = Graph.parse(f"""<ir_version: 8, opset_import: ["" : 17]>
+    g (float[N, 512] x) => (float[N, 512] y) <{weights}> {{ {steps} }}""")
+    random = np.random.default_rng(0)
+    for number in range(24):
+        graph.set_constant(f"w{number}", (random.standard_normal((512, 512)) / 22.6).astype(np.float32))
+    graph.infer()
+    feeds = [{"x": random.standard_normal((64, 512)).astype(np.float32)}]
+    budget = 16 << 20
+    data = Calibration(runner(), Dataset(feeds, source="test"), memory=budget)
+    targets = list(find_targets(graph, Outcome(), step="prune", include=(), exclude=(), overrides={}))
+    tracemalloc.start()
+    try:
+        total = sum(gram.matrix.nbytes for gram in target_grams(graph, targets, data))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert total == 24 * 512 * 512 * 8
+    assert peak < budget < total
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+@pytest.mark.parametrize("text", [MLP, BRANCHES])
+def test_entropy_in_other_types_and_in_bodies(text, dtype):
+    kind = {np.float16: "float16", np.float64: "double"}[dtype]
+    graph = filled(text.replace("float[", f"{kind}["), dtype=dtype)
+    outcome = Share(bits=3, entropy=1.2).run(graph)
+    assert outcome.changes[0].weights == ("a",)
+    values, counts = np.unique(graph.constant("a"), return_counts=True)
+    assert graph.constant("a").dtype == dtype
+    assert values.size <= 8
+    chance = counts / counts.sum()
+    assert -(chance * np.log2(chance)).sum() <= 1.2

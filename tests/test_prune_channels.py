@@ -9,12 +9,13 @@ from channel_graphs import HEADER, made
 from passes_helper import random_feed, runner
 from pydantic import ValidationError
 
-from onnxslim_lab.base import Context
-from onnxslim_lab.channels.allocation import Allocation
+from onnxslim_lab.base import Context, silent
+from onnxslim_lab.channels.allocation import Allocation, Ranking
 from onnxslim_lab.channels.cutting import Kept
 from onnxslim_lab.channels.groups import find_groups
 from onnxslim_lab.channels.refit import solved
 from onnxslim_lab.channels.scores import by_loss, by_magnitude, ranked
+from onnxslim_lab.channels.sensitivity import by_sensitivity
 from onnxslim_lab.data import Dataset
 from onnxslim_lab.errors import ParameterError
 from onnxslim_lab.graph import Graph
@@ -51,7 +52,7 @@ def test_doctests():
     assert not doctest.testmod(prune_channels).failed
 
 
-@pytest.mark.parametrize("criterion", ["l1", "l2", "activation", "obs"])
+@pytest.mark.parametrize("criterion", ["l1", "l2", "activation", "sensitivity", "obs"])
 def test_the_budget_is_met(criterion):
     model = made(NET)
     result = model.copy()
@@ -106,6 +107,49 @@ def test_dead_channels_go_first_by_activation_and_by_threshold():
     )
     assert result.constant_type("w3")[1] == (20, 16, 3, 3)
     assert error(model, result) < 1e-5
+
+
+TWO_WAYS = """g (float[4,8] x, float[8,16] w1, float[8,16] w2, float[16,6] w3, float[16,6] w4) => (float[4,6] y) {
+  a = MatMul(x, w1) ra = Relu(a) b = MatMul(x, w2) rb = Relu(b)
+  p = MatMul(ra, w3) q = MatMul(rb, w4) y = Add(p, q) }"""
+
+
+def test_sensitivity_spares_the_group_that_the_output_depends_on():
+    """Two hidden layers of equal activations; what reads one of them is a thousand times smaller."""
+    model = made(TWO_WAYS)
+    model.set_constant("w2", np.array(model.constant("w1")))
+    model.set_constant("w4", np.array(model.constant("w3")) / 1000)
+    before = {name: np.array(model.constant(name)) for name in model.initializers}
+    widths = {}
+    for criterion in ("activation", "sensitivity"):
+        result = model.copy()
+        PruneChannels(criterion=criterion, macs=0.3, refit="none", multiple=1).run(result, context(model))
+        widths[criterion] = result.constant_type("w3")[1][0], result.constant_type("w4")[1][0]
+    assert widths["sensitivity"][0] == 16
+    assert widths["activation"][0] < 16
+    assert widths["sensitivity"][1] < 8
+    assert all((model.constant(name) == value).all() for name, value in before.items())
+
+
+def test_sensitivity_is_measured_without_the_cheapest_quarter():
+    model = made(TWO_WAYS)
+    before = {name: np.array(model.constant(name)) for name in model.initializers}
+    groups = find_groups(model, widths=False)[0]
+    order = np.arange(16)
+    alone = [Ranking(order, np.ones(16))] * len(groups)
+    data = context(model).calibration
+    found = by_sensitivity(model, groups, alone, data, silent)
+    feeds = list(data.data.feeds)[:8]
+    for group, ranking in zip(groups, found, strict=True):
+        edited = model.copy()
+        name = {"w1": "w3", "w2": "w4"}[group.makers[0].layer.weight]
+        zeroed = before[name].copy()
+        zeroed[:4] = 0
+        edited.set_constant(name, zeroed)
+        one, two = (np.stack([run["y"] for run in runner().run(m, feeds)]) for m in (model, edited))
+        change = ((one - two) ** 2).sum() / ((one - one.mean()) ** 2).sum()
+        np.testing.assert_allclose(ranking.losses, min(1, change) / 4, rtol=1e-4)
+    assert all((model.constant(name) == value).all() for name, value in before.items())
 
 
 def test_patterns_and_data():

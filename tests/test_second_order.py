@@ -7,9 +7,13 @@ from hypothesis import strategies as st
 
 from onnxslim_lab.second_order import obs
 from onnxslim_lab.second_order.blocked import compensators, prune_blocked, static_scores
-from onnxslim_lab.second_order.choose import Pattern, by_pattern, cheapest
+from onnxslim_lab.second_order.choose import Pattern, by_pattern, cheapest, removed_in_wide
+from onnxslim_lab.second_order.network import wanted
 from onnxslim_lab.second_order.obs import damped, eliminate, eliminate_blocks, output_loss, refit
+from onnxslim_lab.second_order.pruning import _cheapest_of_all
+from onnxslim_lab.second_order.repair import Moments
 from onnxslim_lab.second_order.threads import in_parallel
+from onnxslim_lab.statistics import Gram
 
 
 def layer(seed, groups=1, outputs=4, columns=12, rows=60):
@@ -193,3 +197,45 @@ def test_threads_change_nothing(monkeypatch):
     seen = []
     in_parallel(lambda start, stop: seen.append((start, stop)), 7, 3)
     assert sorted(seen) == [(0, 3), (3, 6), (6, 7)]
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_what_is_wanted_of_a_layer_is_least_squares_against_the_original(biased):
+    random = np.random.default_rng(12)
+    before = random.standard_normal((200, 6)) @ random.standard_normal((6, 6)) + 1
+    now = (before + 0.3 * random.standard_normal(before.shape)).astype(np.float32).astype(np.float64)
+    before = before.astype(np.float32).astype(np.float64)
+    matrix, bias = random.standard_normal((1, 3, 6)), random.standard_normal((1, 3))
+    x, y = (np.concatenate([rows, np.ones((200, 1))], axis=1) for rows in (now, before))
+    found = Moments((x.T @ x)[None], (y.T @ x)[None])
+    dense, gram = wanted(matrix, bias if biased else None, found, 1e-12)
+    if biased:
+        plain = np.linalg.lstsq(x, before @ matrix[0].T + bias[0], rcond=None)[0][:6].T
+        centred = now - now.mean(axis=0)
+    else:
+        plain, centred = np.linalg.lstsq(now, before @ matrix[0].T, rcond=None)[0].T, now
+    np.testing.assert_allclose(dense[0], plain, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(gram.xtx[0], centred.T @ centred, rtol=1e-6, atol=1e-6)
+
+
+def test_wide_layers_lose_exactly_what_is_asked_for_and_follow_patterns():
+    weights, gram = layer(13, groups=2, outputs=3, columns=150, rows=400)
+    measured = Gram(gram, np.zeros((2, 150)), 400)
+    gone = np.random.default_rng(1).random(weights.shape) < 0.37
+    found = removed_in_wide(weights, measured, gone, Pattern.parse("any"), 0.01)
+    assert found.sum() == gone.sum()
+    for text, keep in (("2:4", 2), ("2:3", 2)):
+        pattern = Pattern.parse(text)
+        found = removed_in_wide(weights, measured, None, pattern, 0.01)
+        full = 150 - 150 % pattern.group
+        assert ((~found[..., :full]).reshape(-1, pattern.group).sum(axis=1) == keep).all()
+
+
+def test_the_cheapest_of_all_layers_are_those_of_all_losses_together():
+    random = np.random.default_rng(14)
+    losses = [random.integers(0, 9, size).astype(np.float32) for size in ((2, 3, 5), (1, 4, 7), (1, 1, 2))]
+    losses[1][0, 0] = np.inf
+    together = np.concatenate([one.reshape(-1) for one in losses])
+    for fraction in (0.0, 0.3, 0.62, 0.99):
+        found = np.concatenate([mask.reshape(-1) for mask in _cheapest_of_all(losses, fraction)])
+        assert (found == cheapest(together, round(fraction * together.size))).all()

@@ -16,7 +16,7 @@ from onnxslim_lab.second_order.obs import damped, inverse
 from onnxslim_lab.statistics import Gram
 
 Doubles = NDArray[np.float64]
-Criterion = Literal["l1", "l2", "activation", "obs"]
+Criterion = Literal["l1", "l2", "activation", "sensitivity", "obs"]
 GramOf = Callable[[Layer], Gram]
 _STEPS = 24  # rounds in which the channels of a group are removed; losses are computed anew after each
 

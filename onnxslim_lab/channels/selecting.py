@@ -14,6 +14,7 @@ from onnxslim_lab.base import Progress, Refusal
 from onnxslim_lab.channels.allocation import Ranking
 from onnxslim_lab.channels.groups import Group, Part, find_groups
 from onnxslim_lab.channels.scores import Criterion, below, by_activation, by_loss, by_magnitude
+from onnxslim_lab.channels.sensitivity import by_sensitivity
 from onnxslim_lab.graph import Graph
 from onnxslim_lab.layers import Layer
 from onnxslim_lab.macs import model_macs
@@ -149,6 +150,9 @@ def rankings(
     assert calibration is not None
     if criterion == "activation":
         return _by_activation(model, groups, calibration, threshold)
+    if criterion == "sensitivity":
+        alone = _by_activation(model, groups, calibration, None)
+        return by_sensitivity(model, groups, alone, calibration, progress)
     readers = {id(side.layer): side.layer for group in groups for side in group.readers}
     measured = [layer for layer in readers.values() if gram_input(layer)]
     stored = {}

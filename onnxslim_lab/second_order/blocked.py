@@ -32,13 +32,16 @@ def static_scores(matrix: NDArray[Any], gram: Doubles, damping: float = 0.01) ->
     return np.asarray(matrix, np.float64) ** 2 / diagonal
 
 
-def prune_blocked(matrix: NDArray[Any], upper: Doubles, choose: Choose) -> tuple[Doubles, Mask]:
+def prune_blocked(
+    matrix: NDArray[Any], upper: Doubles, choose: Choose, *, multiple: int = 1
+) -> tuple[Doubles, Mask]:
     """Remove weights column by column, adding each error to the columns to the right.
 
     Args:
         matrix: Weights (rows, columns).
         upper: What `compensators` gives.
         choose: Called for each block of columns, with scores w^2 / U_jj^2 of the weights as they are then.
+        multiple: Blocks begin at multiples of this: N:M groups are not cut in two.
 
     Returns:
         The new weights and the mask of those that were removed.
@@ -46,8 +49,9 @@ def prune_blocked(matrix: NDArray[Any], upper: Doubles, choose: Choose) -> tuple
     weights = np.array(matrix, np.float64)
     removed = np.zeros(weights.shape, np.bool_)
     diagonal = np.diagonal(upper)
-    for start in range(0, weights.shape[1], BLOCK):
-        stop = min(start + BLOCK, weights.shape[1])
+    step = multiple * max(1, BLOCK // multiple)
+    for start in range(0, weights.shape[1], step):
+        stop = min(start + step, weights.shape[1])
         block = weights[:, start:stop]
         gone = choose(block**2 / diagonal[start:stop] ** 2, start)
         removed[:, start:stop] = gone

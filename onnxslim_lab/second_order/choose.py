@@ -126,3 +126,40 @@ def compensate_wide(matrix: NDArray[Any], gram: Gram, mask: Mask, damping: float
 
         part[...] = prune_blocked(part, upper, choose)[0]
     return result
+
+
+def too_wide(columns: int) -> bool:
+    """Return whether a layer has too many inputs for rows of their own."""
+    return columns > EXACT
+
+
+def removed_in_wide(
+    matrix: NDArray[Any], gram: Gram, gone: Mask | None, pattern: Pattern, damping: float
+) -> Mask:
+    """Return what goes of a wide layer, chosen as the weights are when their columns' turn comes.
+
+    Args:
+        matrix: Weights (groups, out, in).
+        gram: Gram matrix of the inputs.
+        gone: How much goes is taken from there, where the pattern does not say it: the same part of every
+            block of columns.
+        pattern: Single weights or N:M.
+        damping: Part of the mean energy of an input that is added to the Gram matrix.
+    """
+    result = np.zeros(matrix.shape, np.bool_)
+    fraction = 0.0 if gone is None else float(gone.mean())
+    seen = done = 0
+
+    def choose(scores: Doubles, _start: int) -> Mask:
+        nonlocal seen, done
+        if pattern.group:
+            return np.isfinite(by_pattern(scores, pattern))
+        seen += scores.size
+        count = round(fraction * seen) - done  # of all columns so far: rounding does not add up
+        done += count
+        return cheapest(scores, count)
+
+    for number, (part, xtx) in enumerate(zip(matrix, gram.xtx, strict=True)):
+        upper = compensators(xtx, max(damping, 0.01))
+        result[number] = prune_blocked(part, upper, choose, multiple=max(1, pattern.group))[1]
+    return result

@@ -210,10 +210,18 @@ def refit(
             support = np.flatnonzero(mask[group, row])
             if support.size:
                 block = hessian[group][np.ix_(support, support)]
-                result[group, row, support] = np.linalg.solve(block, wanted[group, row, support])
+                result[group, row, support] = _solve(block, wanted[group, row, support])
 
     in_parallel(work, weights.shape[0] * outputs, 64)
     return result
+
+
+def _solve(matrix: Doubles, right: Doubles) -> Doubles:
+    """Return the solution of one symmetric system, by Cholesky where rounding leaves it definite."""
+    from scipy.linalg.lapack import dposv  # noqa: PLC0415 - not before it is needed
+
+    _, found, failed = dposv(matrix, right)
+    return np.asarray(np.linalg.solve(matrix, right) if failed else found, np.float64)
 
 
 def output_loss(change: Doubles, gram: Doubles) -> Doubles:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,18 +12,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxslim_lab.base import Outcome, Progress
+from onnxslim_lab.floats import blocks, kth_magnitude, magnitude_bits
 from onnxslim_lab.graph import Graph
-from onnxslim_lab.layers import Layer, layer_of
+from onnxslim_lab.layers import Layer
 from onnxslim_lab.second_order.choose import (
+    EXACT,
     Criterion,
     Pattern,
     cheapest,
     compensate_wide,
     output_energy,
     removal_losses,
+    removed_in_wide,
 )
-from onnxslim_lab.second_order.obs import Doubles, Mask, output_loss, refit
-from onnxslim_lab.second_order.repair import moments, repaired
+from onnxslim_lab.second_order.network import fitted, twin
+from onnxslim_lab.second_order.obs import Mask, output_loss, refit
 from onnxslim_lab.selection import Target
 from onnxslim_lab.statistics import Calibration, Gram
 from onnxslim_lab.statistics.calibration import gram_input
@@ -84,19 +87,23 @@ def prune_by_loss(
     """
     original = model.copy() if plan.refit == "network" else model
     with tempfile.TemporaryDirectory(prefix="onnxslim_lab-") as folder:
-        masks = _masks(model, targets, plan, calibration, progress, Path(folder))
+        now = [target for target in targets if not _later(original, target, plan)]
+        chosen = zip(now, _masks(model, now, plan, calibration, progress, Path(folder)), strict=True)
+        masks = {id(target): mask for target, mask in chosen}
         grams = None
         if calibration is not None and plan.refit == "layer":
             grams = target_grams(model, targets, calibration)
-        for number, (target, mask) in enumerate(zip(targets, masks, strict=True)):
+        for number, target in enumerate(targets):
             progress(number, len(targets), f"refit {target.where}")
             gram = None if grams is None else next(grams)
+            mask = masks.pop(id(target), None)
             if calibration is None or plan.refit == "none" or target.is_lookup:
+                assert mask is not None
                 matrix = target.layer.matrix
                 kept = np.where(mask, matrix.dtype.type(0), matrix)
                 yield Pruned(target, target.layer.with_matrix(kept), float("nan"))
             else:
-                yield _refitted(original, target, ~mask, gram, plan, calibration)
+                yield _refitted(original, target, mask, gram, plan, calibration)
 
 
 def target_grams(model: Graph, targets: Sequence[Target], calibration: Calibration) -> Iterator[Gram]:
@@ -137,10 +144,7 @@ def _masks(
     if plan.pattern.group:
         return [np.isfinite(found) for found in losses]
     if plan.scope == "global" and pool:
-        together = np.concatenate([losses[n].reshape(-1) for n in pool])
-        gone = cheapest(together, round(plan.fraction * together.size))
-        ends = np.cumsum([losses[n].size for n in pool])
-        parts = dict(zip(pool, np.split(gone, ends[:-1]), strict=True))
+        parts = dict(zip(pool, _cheapest_of_all([losses[n] for n in pool], plan.fraction), strict=True))
     else:
         parts = {}
     masks = []
@@ -157,82 +161,73 @@ def _masks(
     return masks
 
 
+def _cheapest_of_all(losses: Sequence[Array], fraction: float) -> Iterator[Mask]:
+    """Yield the mask of each layer's share of the smallest losses of all; infinite ones never go.
+
+    One block of losses is in memory at a time. Ties go in graph and storage order.
+    """
+    count = round(fraction * sum(found.size for found in losses))
+    count = min(count, sum(int(np.isfinite(block).sum()) for found in losses for block in blocks(found)))
+    key, ties = 0, 0
+    if count:
+        key, ties = kth_magnitude(
+            lambda: (block for found in losses for block in blocks(found)), count, wide=False
+        )
+    for found in losses:
+        mask = np.zeros(found.size, np.bool_)
+        done = 0
+        for block in blocks(found):
+            keys = magnitude_bits(block, wide=False)
+            mask[done : done + block.size] = keys < key
+            if ties:
+                equal = np.flatnonzero(keys == key)[:ties]
+                mask[done + equal] = True
+                ties -= equal.size
+            done += block.size
+        yield mask.reshape(found.shape)
+
+
 def _refitted(
-    original: Graph, target: Target, stays: Mask, gram: Gram | None, plan: Plan, calibration: Calibration
+    original: Graph,
+    target: Target,
+    gone: Mask | None,
+    gram: Gram | None,
+    plan: Plan,
+    calibration: Calibration,
 ) -> Pruned:
-    """Return one target with the weights that do not stay removed and the others refitted."""
+    """Return one target with the weights that go removed and the others refitted."""
     layer = target.layer
+    other = _twin(original, layer, plan)
+    if other is not None:
+        values = fitted(layer, other, gone, plan.pattern, calibration, damping=plan.damping)
+        return Pruned(target, values, float("nan"))
+    assert gone is not None
     matrix = np.asarray(layer.matrix, np.float64)
-    wide = matrix.shape[2] > WIDEST
-    twin = None if wide or plan.refit != "network" else _twin(original, layer)
-    if twin is not None:
-        bias = own_bias(layer)
-        found = moments(calibration, layer, twin)
-        before = None if bias is None else bias.read()
-        result, shifted = repaired(matrix, before, stays, found, damping=plan.damping)
-        if bias is not None and shifted is not None:
-            bias.write(shifted)
-        return Pruned(target, layer.with_matrix(result), float("nan"))
     if gram is None:
         gram = next(target_grams(layer.graph.root, [target], calibration))
     if not gram.full:
-        return Pruned(target, layer.with_matrix(np.where(stays, matrix, 0.0)), float("nan"))
-    if wide:
-        result = compensate_wide(matrix, gram, ~stays, plan.damping)
+        return Pruned(target, layer.with_matrix(np.where(gone, 0.0, matrix)), float("nan"))
+    if matrix.shape[2] > EXACT and plan.pattern.block == 1 and plan.criterion == "obs":
+        gone = removed_in_wide(matrix, gram, gone, plan.pattern, plan.damping)
+    if matrix.shape[2] > WIDEST:
+        result = compensate_wide(matrix, gram, gone, plan.damping)
     else:
-        result = refit(matrix, stays, gram.xtx, damping=plan.damping)
+        result = refit(matrix, ~gone, gram.xtx, damping=plan.damping)
     error = float(output_loss(result - matrix, gram.xtx).sum()) / output_energy(matrix, gram)
     return Pruned(target, layer.with_matrix(result), error)
 
 
-def _twin(original: Graph, layer: Layer) -> Layer | None:
-    """Return a layer's counterpart in the original; None where its inputs cannot be had from both models."""
-    if layer.graph.root is not layer.graph or layer.graph.is_function or layer.role != "weight":
+def _twin(original: Graph, layer: Layer, plan: Plan) -> Layer | None:
+    """Return the layer of the original whose outputs are met; None where each layer is refitted by itself."""
+    if plan.refit != "network" or layer.shape[2] > WIDEST:
         return None
-    if layer.op_type == "Gather":
-        return None
-    for node in original.nodes:
-        if node.output[0] == layer.node.output[0]:
-            found = layer_of(original, node)
-            return found if isinstance(found, Layer) and found.shape == layer.shape else None
-    return None
+    return twin(original, layer)
 
 
-@dataclass(frozen=True)
-class Bias:
-    """A layer's own constant bias as (groups, out)."""
-
-    read: Callable[[], Doubles]
-    write: Callable[[Doubles], None]
-
-
-def own_bias(layer: Layer) -> Bias | None:
-    """Return the bias of a Conv or Gemm that nothing else reads and that has one value for each output."""
-    name = layer.bias
-    groups, outputs, _ = layer.shape
-    if name is None or layer.op_type not in ("Conv", "Gemm") or layer.kind.scale != 1.0:
-        return None
-    values = layer.graph.constant(name)
-    home = layer.graph.scope_of(name)
-    if values is None or home is not layer.graph or layer.graph.use_count(name) != 1:
-        return None
-    if (
-        values.size != groups * outputs
-        or values.shape[-1:] != (values.size,)
-        or getattr(layer.kind, "left", False)
-    ):
-        return None
-    scale = float(getattr(layer.kind, "beta", 1.0))
-    if not scale:
-        return None
-
-    def read() -> Doubles:
-        return np.asarray(values, np.float64).reshape(groups, outputs) * scale
-
-    def write(new: Doubles) -> None:
-        layer.graph.set_constant(name, (new / scale).reshape(values.shape).astype(values.dtype))
-
-    return Bias(read, write)
+def _later(original: Graph, target: Target, plan: Plan) -> bool:
+    """Return whether a target's weights are chosen when its turn comes, from the inputs it then has."""
+    fixed = plan.criterion == "obs" and plan.pattern.group
+    return bool(fixed and not target.is_lookup and _twin(original, target.layer, plan))
 
 
 def measurable(targets: Iterable[Target], outcome: Outcome) -> list[Target]:

@@ -72,9 +72,7 @@ def share_by_output(
     weights = np.asarray(matrix, np.float64)
     support = weights != 0
     zeros = not support.all()
-    energy = np.asarray(gram.diagonal, np.float64)
-    energy = np.maximum(energy, LEAST_ENERGY * max(float(energy.mean()), np.finfo(np.float64).tiny))
-    masses = np.broadcast_to(energy[:, None, :], weights.shape)
+    masses = input_masses(gram, weights.shape)
     if np.unique(weights).size <= size:
         return None
     centres = weighted_codebook(weights[support], masses[support], size - zeros, init=init, seed=seed)
@@ -83,6 +81,13 @@ def share_by_output(
     if compensate and gram.full:
         nearest = _compensated(weights, support, nearest, table, damped(gram.xtx, damping))
     return nearest.astype(matrix.dtype)
+
+
+def input_masses(gram: Gram, shape: tuple[int, ...]) -> Doubles:
+    """Return what the squared error of each weight (groups, out, in) counts: the energy of its input."""
+    energy = np.asarray(gram.diagonal, np.float64)
+    energy = np.maximum(energy, LEAST_ENERGY * max(float(energy.mean()), np.finfo(np.float64).tiny))
+    return np.broadcast_to(energy[:, None, :], shape)
 
 
 def _nearest(values: Doubles, table: Doubles) -> Doubles:
