@@ -16,7 +16,7 @@ GROUPS = 60
 _NOTICEABLE = 0.01  # least part of the loss that a set of layers must cause
 _STEPS = 4  # parts of the chosen layers that are tried
 _WORTH = 0.8  # times the loss, for layers to stay float: 1 dB; less is not worth what it takes of the speed
-_WORTH_SUMS = 0.6  # times the loss, for float sums: 2 dB
+_WORTH_SUMS = 0.9  # times the loss, for float sums, which take less of it
 _MOST_SUMS = 12  # sets of layers whose sums are tried
 _ENOUGH = 1.05  # a smaller part is taken when its loss is at most so many times the least
 
@@ -95,39 +95,41 @@ def float_layers(judge: Judge, share: float, context: Context) -> tuple[list[Res
     return chosen[:count], whole, tried[count]
 
 
-def float_sums(judge: Judge, without: Sequence[str], before: float, context: Context) -> float:
+def float_sums(judge: Judge, without: Sequence[str], context: Context) -> tuple[float, float]:
     """Let convolutions of the plan whose rounded results spoil the outputs give float sums.
 
-    Those that nothing takes in codes are tried one set after another, and kept where the loss falls far:
-    the passes over their results take time.
+    Those that nothing takes in codes are tried one set after another, and kept where the loss falls by a tenth:
+    the passes over their results take time. Sums that the plan has stay.
 
     Args:
         judge: Measures the loss; its plan is edited.
         without: Names of the layers that stay float.
-        before: The loss without any.
         context: Its progress is told.
 
     Returns:
-        The loss with what was kept.
+        The loss before, and with what was added.
     """
     plan = judge.plan
-    groups = groups_of(plan.summable(without), _MOST_SUMS)
+    kept = set(plan.summed)
+    groups = groups_of([one for one in plan.summable(without) if one.name not in kept], _MOST_SUMS)
+    before = least = judge.loss(without=without) if groups else 0.0
     trials = []
     for number, group in enumerate(groups):
         context.progress(number + 1, len(groups), f"float sums of {group[0].name}")
-        plan.summed = {layer.name for layer in group}
-        trials.append((judge.loss(without=without), plan.summed))
-    plan.summed, least = set(), before
+        names = {layer.name for layer in group}
+        plan.summed = kept | names
+        trials.append((judge.loss(without=without), names))
+    plan.summed = kept
     for loss, names in sorted(trials, key=lambda trial: trial[0]):
         if loss > before * _WORTH_SUMS:
             break
-        plan.summed |= names
+        plan.summed = plan.summed | names
         with_it = judge.loss(without=without)
-        if with_it > least * _WORTH:
-            plan.summed -= names
+        if with_it > least * _WORTH_SUMS:
+            plan.summed = plan.summed - names
         else:
             least = with_it
-    return least
+    return before, least
 
 
 def _macs(group: Sequence[StaticLayer]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -77,8 +77,9 @@ def store_float_layers(
 ) -> Outcome:
     """Store the weights of layers that stay float for the sake of the outputs, unless that spoils them.
 
-    All are tried at once in the type of the other weights, rounded to nearest; if that is noticed, one after
-    another so, by GPTQ, with more scales, and in 16 bits; where all of it is noticed a weight stays float.
+    All are tried at once in the type of the other weights, rounded to nearest; if that is noticed, each half of
+    them, and so on. What is left is tried so by GPTQ, then with more scales, then in 16 bits; where all of it is
+    noticed a weight stays float.
 
     Args:
         model: The quantized model, edited.
@@ -94,12 +95,13 @@ def store_float_layers(
     limit = max(judge.loss_of(model) * _NOTICEABLE, _FAINT)
     outcome = Outcome()
 
-    def unnoticed(part: set[Stored], kind: QuantType, rounding: str, block: int = 0) -> bool:
+    def unnoticed(how: tuple[QuantType, str, int], part: Sequence[Stored]) -> bool:
         """Store some weights if the outputs stay within the limit; return whether they do."""
+        kind, rounding, block = how
         trial = model.copy()
         store = partial(
             store_weights,
-            weights=part,
+            weights=set(part),
             step=step,
             scheme=scheme,
             context=context,
@@ -119,13 +121,28 @@ def store_float_layers(
     tries.append((find_type(_WIDER), "nearest", 0))
     if step.rounding == "nearest":
         del tries[1]
-    if not unnoticed(weights, scheme.weights, "nearest"):
-        for weight in sorted(weights):
-            if not any(unnoticed({weight}, *how) for how in tries):
-                outcome.refuse(weight[1], f"its values stay float: {_WIDER} is noticed in the outputs")
+    left = sorted(weights)
+    for how in tries:
+        left = _unsettled(left, partial(unnoticed, how))
+    for _, name in left:
+        outcome.refuse(name, f"its values stay float: {_WIDER} is noticed in the outputs")
     # what was done to these layers does not make them run on codes
     outcome.changes = [replace(change, weights=()) for change in outcome.changes]
     return outcome
+
+
+def _unsettled(part: Sequence[Stored], settle: Callable[[Sequence[Stored]], bool]) -> list[Stored]:
+    """Settle a set as a whole, or else each half of it; return the weights that by themselves cannot be.
+
+    >>> _unsettled(["a", "bad", "c", "d"], lambda part: "bad" not in part)
+    ['bad']
+    """
+    if not part or settle(part):
+        return []
+    if len(part) == 1:
+        return list(part)
+    middle = len(part) // 2
+    return [*_unsettled(part[:middle], settle), *_unsettled(part[middle:], settle)]
 
 
 def _targets(model: Graph, weights: set[Stored]) -> list[Target]:

@@ -23,7 +23,9 @@ CANDIDATES: tuple[Method, ...] = ("minmax", "mse", "percentile")
 """Ways to choose ranges that "auto" tries on the whole model."""
 
 _MACS = 1 << 34  # of all feeds that a choice is judged by: a second or so, about what loading the model takes
+_ELEMENTS = 1 << 21  # of all outputs that are compared, likewise
 _FEWEST_FEEDS, _MOST_FEEDS = 4, 32
+_CLIPS = 1.4  # times the loss of ranges that clip
 _RUNS = 6  # the first of which load
 _SLOWER = 1.05  # what is less is noise
 _LEAST_PROBABILITY = 1e-9  # what is less is not told apart
@@ -46,8 +48,13 @@ class Judge:
         self._runner = context.calibration.runner
         if feeds is None:
             feeds = int(np.clip(_MACS // max(plan.macs, 1), _FEWEST_FEEDS, _MOST_FEEDS))
-        self._feeds = [feed for feed, _ in zip(context.calibration.data.feeds, range(feeds), strict=False)]
-        self._reference = self._runner.run(plan.model, self._feeds)
+        chosen = [feed for feed, _ in zip(context.calibration.data.feeds, range(feeds), strict=False)]
+        reference = self._runner.run(plan.model, chosen)
+        sizes = np.cumsum(
+            [sum(v.size for v in one.values() if isinstance(v, np.ndarray)) for one in reference]
+        )
+        enough = max(_FEWEST_FEEDS, int(np.searchsorted(sizes, _ELEMENTS)))
+        self._feeds, self._reference = chosen[:enough], reference[:enough]
 
     def loss(self, *, without: Iterable[str] = (), only: Iterable[str] | None = None) -> float:
         """Return the loss of quantizing some layers, as `Plan.write`; infinite when the model does not run."""
@@ -89,13 +96,20 @@ def slower(context: Context, original: Graph, result: Graph) -> str:
     )
 
 
-def choose_ranges(judge: Judge) -> str:
-    """Let a plan choose ranges in the way whose outputs are nearest the original's; return what was chosen."""
+def choose_ranges(judge: Judge, without: Sequence[str] = ()) -> str:
+    """Let a plan choose ranges in the way whose outputs are nearest the original's; return what was chosen.
+
+    Ranges that clip must be better by 1.5 dB: what they clip of data not seen is not in the loss.
+
+    Args:
+        judge: Its plan is edited.
+        without: Names of the layers that stay float.
+    """
     losses = {}
     for method in CANDIDATES:
         judge.plan.use_ranges(method)
-        losses[method] = judge.loss()
-    best = min(losses, key=losses.__getitem__)
+        losses[method] = judge.loss(without=without)
+    best = min(losses, key=lambda method: losses[method] * (1 if method == "minmax" else _CLIPS))
     judge.plan.use_ranges(best)
     shown = ", ".join(f"{method} {decibels(loss):.1f}" for method, loss in losses.items())
     return f"ranges of activations: {best}, by the output error in dB ({shown})"

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from onnxslim_lab.base import Progress
+import numpy as np
+
+from onnxslim_lab.base import Outcome, Progress
 from onnxslim_lab.errors import ParameterError
 from onnxslim_lab.graph import Graph
 from onnxslim_lab.layers import Layer
@@ -120,10 +122,13 @@ def _unmeasured(model: Graph, planned: StaticLayer, scheme: Scheme, statistics: 
     return ""
 
 
-def round_weights(plan: Plan, calibration: Calibration, rounding: str, progress: Progress) -> None:
+def round_weights(
+    plan: Plan, calibration: Calibration, rounding: str, outcome: Outcome, progress: Progress
+) -> None:
     """Round the weights of a plan with their layers' Gram matrices, and find what that takes from the means.
 
-    Weights that several layers share are rounded to nearest: what suits one would not suit the other.
+    Weights that several layers share are rounded to nearest: what suits one would not suit the other. So are
+    those whose inputs are so great that their Gram matrix overflows; the outcome says which.
     """
     counts = Counter((id(planned.layer.weight_graph), planned.layer.weight) for planned in plan.layers)
     alone = [p for p in plan.layers if counts[id(p.layer.weight_graph), p.layer.weight] == 1]
@@ -132,6 +137,8 @@ def round_weights(plan: Plan, calibration: Calibration, rounding: str, progress:
         progress(number + 1, len(alone), f"round {planned.name}")
         if not gram.count:
             continue
+        if not np.isfinite(gram.matrix).all():
+            outcome.refuse(planned.name, "its weight is rounded to nearest: squares of its inputs overflow")
         codes, grid = plan.weight(planned, layer)
         codes = round_layer(layer, grid, gram, learn=rounding == "adaround")
         plan.rounded[planned.name] = codes, grid

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -101,7 +102,7 @@ def plan_static(
     if step.ranges == "auto":
         plan.use_ranges("minmax")  # until the outputs decide
     if rounding != "nearest":
-        round_weights(plan, context.calibration, rounding, context.progress)
+        round_weights(plan, context.calibration, rounding, outcome, context.progress)
     if not plan.layers:
         return Planned(plan, others, None)
     judge = Judge(plan, context)
@@ -111,8 +112,9 @@ def plan_static(
 
 
 def _stay_float(judge: Judge, step: Quantize, context: Context, outcome: Outcome) -> list[str]:
-    """Return the layers that sensitivity leaves float."""
+    """Return the layers that sensitivity leaves float; results that spoil the outputs stay float before."""
     plan = judge.plan
+    _sum_in_float(judge, (), context, outcome)
     restored, before, after = float_layers(judge, step.float_macs, context)
     for one in restored:
         for name in one.names:
@@ -124,24 +126,35 @@ def _stay_float(judge: Judge, step: Quantize, context: Context, outcome: Outcome
                 f"with {share:.2%} of the multiply-accumulates",
             )
     names = [name for one in restored for name in one.names]
-    spoilt = after
-    after = float_sums(judge, names, after, context)
-    if plan.summed:
-        outcome.change(
-            plan.model.name,
-            f"{len(plan.summed)} convolutions on codes give float results, by ConvInteger: the output error "
-            f"falls from {decibels(spoilt):.1f} to {decibels(after):.1f} dB",
-        )
     if restored:
         share = sum(one.macs for one in restored) / max(plan.macs, 1)
         what = (
             f"{len(names)} layers with {share:.1%} of the multiply-accumulates stay float: the output error falls "
-            f"from {decibels(before):.1f} to {decibels(spoilt):.1f} dB"
+            f"from {decibels(before):.1f} to {decibels(after):.1f} dB"
         )
         outcome.changes.append(Change(plan.model.name, what, detail={"float_macs": share}))
-        return names
-    outcome.refuse(plan.model.name, "no layer stays float: none saves a noticeable part of the output error")
-    return []
+    else:
+        outcome.refuse(
+            plan.model.name, "no layer stays float: none saves a noticeable part of the output error"
+        )
+    if restored:
+        _sum_in_float(judge, names, context, outcome)
+    if step.ranges == "auto" and (restored or plan.summed):
+        outcome.change(plan.model.name, f"then {choose_ranges(judge, names)}")
+    return names
+
+
+def _sum_in_float(judge: Judge, without: Sequence[str], context: Context, outcome: Outcome) -> None:
+    """Let results that spoil the outputs stay float; say so."""
+    already = len(judge.plan.summed)
+    before, after = float_sums(judge, without, context)
+    added = len(judge.plan.summed) - already
+    if added:
+        outcome.change(
+            judge.plan.model.name,
+            f"{added} convolutions on codes give float results, by ConvInteger: the output error falls from "
+            f"{decibels(before):.1f} to {decibels(after):.1f} dB",
+        )
 
 
 def _weights_alone(
