@@ -19,6 +19,8 @@ from onnxslim_lab.commands.inspect import inspect
 from onnxslim_lab.commands.optimize import optimize
 from onnxslim_lab.commands.passes import passes
 from onnxslim_lab.commands.recipe import recipe_app
+from onnxslim_lab.commands.report import report
+from onnxslim_lab.commands.reproduce import reproduce
 from onnxslim_lab.commands.sensitivity import sensitivity
 from onnxslim_lab.commands.shared import err, out
 from onnxslim_lab.errors import InternalError, LabError
@@ -26,13 +28,25 @@ from onnxslim_lab.errors import InternalError, LabError
 app = typer.Typer(
     name="onnxslim-lab",
     help="Make an exported ONNX model smaller and faster without making it worse, and prove it.",
-    epilog="Exit codes: 0 ok, 1 a verdict failed, 2 bad usage or input, 3 internal error; `gate --help` lists those of gate.",
+    epilog="Exit codes: 0 ok, 1 a verdict failed, 2 bad usage or input, 3 internal error; `gate` and `reproduce` have more, see their --help.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for _command in (optimize, inspect, compare, sensitivity, bench, check_target, gate, passes, demo):
+for _command in (
+    optimize,
+    inspect,
+    compare,
+    sensitivity,
+    bench,
+    check_target,
+    gate,
+    report,
+    reproduce,
+    passes,
+    demo,
+):
     app.command()(_command)
 app.add_typer(recipe_app, name="recipe")
 

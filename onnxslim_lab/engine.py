@@ -6,10 +6,10 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from onnx import ModelProto
+from threadpoolctl import threadpool_limits
 
 from onnxslim_lab.accuracy import find_metric
 from onnxslim_lab.base import Context, Outcome, Pass, Progress, silent
@@ -21,6 +21,7 @@ from onnxslim_lab.inputs.probe import runnable_data
 from onnxslim_lab.inputs.random_data import random_data
 from onnxslim_lab.macs import fed_sizes, model_macs
 from onnxslim_lab.modelfile import SavedFiles
+from onnxslim_lab.provenance import KEY, content_sha256, current_versions, record
 from onnxslim_lab.recipe import Recipe, step_text
 from onnxslim_lab.report import (
     ChangeReport,
@@ -41,10 +42,7 @@ DEFAULT_STEPS = ("simplify", "encode")
 
 def tool_version() -> str:
     """Return the installed version of this package."""
-    try:
-        return version("onnxslim-lab")
-    except PackageNotFoundError:
-        return "unknown"
+    return current_versions()["tool"]
 
 
 def node_count(graph: Graph) -> int:
@@ -95,7 +93,8 @@ class _Run:
         bytes_before, nodes_before = self.graph.file_bytes(), node_count(self.graph)
         start = time.perf_counter()
         version_before = self.graph.version
-        outcome = step.run(self.graph, context)
+        with threadpool_limits(1, user_api="blas"):  # its sums differ with the number of threads
+            outcome = step.run(self.graph, context)
         seconds = time.perf_counter() - start
         verdict = self._verify(step, unchanged=self.graph.version == version_before)
         report = StepReport(
@@ -163,6 +162,7 @@ def optimize(
     runner: Runner | None = None,
     external: bool | None = None,
     allow_growth: bool = False,
+    provenance: bool | None = None,
     cache: bool = True,
     progress: Progress = silent,
 ) -> Result:
@@ -179,6 +179,8 @@ def optimize(
         runner: Sessions to use; by default a new one, closed at the end.
         external: Whether large tensors go to a data file; None: only when the model is over 2 GB.
         allow_growth: Save even if the result is larger than the source.
+        provenance: Whether the result's metadata says how it was made; that counts as no growth. None: unless
+            all steps are exact and it alone would make the result larger than the source.
         cache: Keep what calibration measures in `statistics.default_folder()`, for later runs to use.
         progress: Called as progress(done, total, what).
 
@@ -199,6 +201,8 @@ def optimize(
     start = time.perf_counter()
     graph = source.copy() if isinstance(source, Graph) else Graph.load(source, memory=recipe.memory // 4)
     _check_target(output, graph.source.name)
+    source_hash = "" if provenance is False else content_sha256(graph)
+    graph.remove_metadata(KEY)  # of the source: not true of what it becomes
     own_runner = None
     if runner is None:
         runner = own_runner = Runner(memory=recipe.memory)
@@ -214,11 +218,23 @@ def optimize(
         if own_runner is not None:
             own_runner.close()
     grown = report.bytes_after > report.bytes_before
-    if grown and not (allow_growth or any(getattr(step, "allow_growth", False) for step in recipe.steps)):
+    may_grow = allow_growth or any(getattr(step, "allow_growth", False) for step in recipe.steps)
+    if grown and not may_grow:
         raise VerificationError(
             f"the result is larger than the source: {report.bytes_after:,} bytes against "
             f"{report.bytes_before:,}; nothing was saved (allow_growth accepts it)"
         )
+    if source_hash:
+        used = None if run.calibration is None else run.calibration.data
+        added = record(graph, recipe, source_hash, used)
+        tight = report.bytes_after + added > report.bytes_before
+        if provenance is None and tight and not may_grow and all(step.exact for step in recipe.steps):
+            graph.remove_metadata(KEY)
+            notice = f"provenance was left out: its {added} bytes would make the file larger than the source"
+            report = report.model_copy(update={"notices": (*report.notices, notice)})
+        else:
+            total = report.bytes_after + added
+            report = report.model_copy(update={"bytes_after": total, "bytes_provenance": added})
     files = None if output is None else graph.save(output, external=external)
     return Result(graph, report, files)
 

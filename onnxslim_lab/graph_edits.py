@@ -373,3 +373,12 @@ class GraphEdits(GraphValues):
         else:
             self._model.proto.metadata_props.add(key=key, value=value)
         self._changed()
+
+    def remove_metadata(self, key: str) -> None:
+        """Remove an entry of the model's metadata_props, where there is one."""
+        entries = self._model.proto.metadata_props
+        for index, entry in enumerate(entries):
+            if entry.key == key:
+                del entries[index]
+                self._changed()
+                return

@@ -124,6 +124,9 @@ class Report(_Part):
     source: str
     bytes_before: int
     bytes_after: int
+    bytes_provenance: int = Field(
+        0, description="of bytes_after: the metadata that says how the file was made"
+    )
     nodes_before: int
     nodes_after: int
     seconds: float

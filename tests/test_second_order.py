@@ -239,3 +239,14 @@ def test_the_cheapest_of_all_layers_are_those_of_all_losses_together():
     for fraction in (0.0, 0.3, 0.62, 0.99):
         found = np.concatenate([mask.reshape(-1) for mask in _cheapest_of_all(losses, fraction)])
         assert (found == cheapest(together, round(fraction * together.size))).all()
+
+
+def test_the_inverse_of_a_gram_matrix_that_rounding_left_indefinite():
+    rows = np.random.default_rng(0).normal(size=(8, 60)).astype(np.float32)
+    gram = damped((rows.T @ rows).astype(np.float64), 1e-9)[None]
+    with pytest.raises(np.linalg.LinAlgError):
+        np.linalg.cholesky(gram)
+    assert np.isfinite(obs.inverse(gram)).all()
+    assert np.linalg.eigvalsh(obs.inverse(gram)).min() > 0
+    with pytest.raises(np.linalg.LinAlgError):
+        obs.inverse(-np.eye(3)[None])

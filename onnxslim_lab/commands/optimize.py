@@ -69,6 +69,14 @@ def optimize(
     allow_growth: Annotated[
         bool, typer.Option("--allow-growth", help="Save even if the result is larger than the source.")
     ] = False,
+    provenance: Annotated[
+        bool | None,
+        typer.Option(
+            "--provenance/--no-provenance",
+            help="Say in the file's metadata how it was made (see `reproduce`). Default: unless all "
+            "passes are exact and it alone would make the file larger than its source.",
+        ),
+    ] = None,
     cache: Keep = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything but save.")] = False,
     quiet: Quiet = False,
@@ -121,6 +129,7 @@ def optimize(
             runner=runner,
             external=external,
             allow_growth=allow_growth,
+            provenance=provenance,
             cache=cache,
             progress=show,
         )

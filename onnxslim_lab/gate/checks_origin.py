@@ -3,46 +3,46 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from onnxslim_lab.bench import model_files
-from onnxslim_lab.errors import one_line, quote
+from onnxslim_lab.errors import ModelError
 from onnxslim_lab.gate.result import BudgetResult, Status
 from onnxslim_lab.gate.subject import Subject
+from onnxslim_lab.graph import Graph
+from onnxslim_lab.provenance import Provenance, content_sha256, weights_sha256
 
-KEY = "onnxslim_lab.provenance"
-"""The entry of metadata_props: a JSON object with at least `source_sha256`."""
 _BLOCK = 1 << 20  # bytes read at a time
 
 
 def check_provenance(subject: Subject) -> Iterator[BudgetResult]:
-    """Yield whether provenance is there and names this baseline as its source."""
+    """Yield whether provenance is there, names this baseline as its source, and the weights are those it names."""
     if not subject.config.budgets.provenance:
         return
-    problem = provenance_problem(subject.candidate.metadata.get(KEY), file_sha256(subject.baseline_path))
+    problem = provenance_problem(subject.candidate, subject.baseline)
     status: Status = "fail" if problem else "pass"
-    cause = problem or "the file says how it was made, from this baseline"
+    cause = (
+        problem
+        or "the file says how it was made, from this baseline, and its weights are those that were made"
+    )
     yield BudgetResult(budget="provenance", kind="origin", status=status, cause=cause)
 
 
-def provenance_problem(text: str | None, baseline: str) -> str:
-    """Return what is wrong with an entry of metadata_props, "" when nothing is.
-
-    Args:
-        text: The entry; None when there is none.
-        baseline: SHA-256 of the baseline's files.
-    """
-    if text is None:
-        return f"the file has no entry {quote(KEY)} in its metadata: optimize writes it"
+def provenance_problem(candidate: Graph, baseline: Graph) -> str:
+    """Return what is wrong with what a candidate says of itself, "" when nothing is."""
     try:
-        content = json.loads(text)
-        source = content["source_sha256"]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return f"the entry {quote(KEY)} is not what optimize writes: it names no source_sha256"
-    if source != baseline:
-        return f"it was made from another model: its source is {one_line(str(source), 20)}, the baseline {baseline[:16]}..."
+        made = Provenance.read(candidate)
+    except ModelError as error:
+        return str(error)
+    source = content_sha256(baseline)
+    if made.source_sha256 != source:
+        return (
+            f"it was made from another model: its source is {made.source_sha256[:16]}..., "
+            f"the baseline {source[:16]}..."
+        )
+    if made.weights_sha256 != weights_sha256(candidate):
+        return "its weights were changed after it was made: they are not those that its provenance names"
     return ""
 
 

@@ -62,10 +62,25 @@ def damped(gram: Doubles, damping: float) -> Doubles:
 
 
 def inverse(gram: Doubles) -> Doubles:
-    """Return the inverses of positive definite matrices (..., n, n); raises LinAlgError when one is none."""
-    factor = np.linalg.inv(np.linalg.cholesky(gram))
+    """Return the inverses of symmetric matrices (..., n, n) that are positive definite but for rounding.
+
+    Of few rows, the damping may be less than the rounding of the sums: the diagonal is then raised by a growing
+    part of its mean until the matrix is positive definite. Raises LinAlgError when a hundredth is not enough.
+    """
+    factor = np.linalg.inv(_cholesky(gram))
     result: Doubles = factor.swapaxes(-1, -2) @ factor
     return result
+
+
+def _cholesky(gram: Doubles) -> Doubles:
+    mean = np.einsum("...ii->...i", gram).mean(axis=-1)[..., None, None]
+    raised = gram
+    for power in range(-8, -1):
+        try:
+            return np.asarray(np.linalg.cholesky(raised))
+        except np.linalg.LinAlgError:
+            raised = gram + 10.0**power * mean * np.eye(gram.shape[-1])
+    return np.asarray(np.linalg.cholesky(raised))
 
 
 def eliminate(

@@ -14,6 +14,8 @@ from typing import Any, cast
 from onnxslim_lab.errors import DataError, SessionError, one_line, quote, suggest
 from onnxslim_lab.worker.messages import Value, receive, send
 
+# NumPy's sums in the child (Gram matrices) would else depend on the threads; onnxruntime has its own.
+_BLAS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 _START_TIMEOUT = 60.0  # seconds; importing onnxruntime is not the model's fault
 
 
@@ -80,7 +82,7 @@ class Child:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 cwd=folder,
-                env={**os.environ, "PYTHONPATH": search},
+                env={**os.environ, **dict.fromkeys(_BLAS, "1"), "PYTHONPATH": search},
             )
 
     @property
