@@ -22,6 +22,9 @@ from onnxslim_lab.graph import Graph
 from onnxslim_lab.metrics import compare_outputs
 from onnxslim_lab.recipe import Recipe
 from onnxslim_lab.sessions import Runner
+from onnxslim_lab.worker.messages import Value
+
+Feed = dict[str, Value]
 
 QUANTIZE = "quantize:rounding=nearest,ranges=minmax,granularity={}"
 STEPS = {
@@ -49,10 +52,11 @@ def measure(model: str, granularity: str, name: str, samples: int, runner: Runne
     start = time.perf_counter()
     steps = ["simplify", *(step.format(granularity) for step in STEPS[name])]
     recipe = Recipe.of(steps, allow_opset_raise=True, verify="off")
-    data = Dataset(zoo.feeds(model, samples, 0), source=model)
-    result = optimize(original, recipe=recipe, data=data, runner=runner).graph
+    feeds: list[Feed] = [dict(feed) for feed in zoo.feeds(model, samples, 0)]
+    data = Dataset(feeds, source=model)
+    result = optimize(original, recipe=recipe, data=data, runner=runner, cache=False).graph
     seconds = time.perf_counter() - start
-    other = zoo.feeds(model, samples, 99)
+    other: list[Feed] = [dict(feed) for feed in zoo.feeds(model, samples, 99)]
     errors = compare_outputs(runner.run(original, other), runner.run(result, other))
     worst = min(error.sqnr_db for error in errors if error.floating)
     return Row(model, granularity, name, round(worst, 2), round(seconds, 1))

@@ -20,7 +20,7 @@ from onnxslim_lab.statistics.collected import Place, place
 if TYPE_CHECKING:
     from onnxslim_lab.passes.quantize import Quantize
 
-_NOTICEABLE = 1.25  # times the loss: 1 dB
+_NOTICEABLE = 1.6  # times the loss: 2 dB
 _FAINT = 1e-4  # a loss that is not noticed in any case: 40 dB
 _WIDER = "int16"
 _BLOCK = 32
