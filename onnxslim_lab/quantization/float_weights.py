@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from onnxslim_lab.passes.quantize import Quantize
 
 _NOTICEABLE = 1.6  # times the loss: 2 dB
+_SPARE = 0.01  # of all parameters: those that take 16 bits unasked
 _FAINT = 1e-4  # a loss that is not noticed in any case: 40 dB
 _WIDER = "int16"
 _BLOCK = 32
@@ -77,9 +78,10 @@ def store_float_layers(
 ) -> Outcome:
     """Store the weights of layers that stay float for the sake of the outputs, unless that spoils them.
 
-    All are tried at once in the type of the other weights, rounded to nearest; if that is noticed, each half of
-    them, and so on. What is left is tried so by GPTQ, then with more scales, then in 16 bits; where all of it is
-    noticed a weight stays float.
+    The smallest take 16 bits, as long as that makes the file larger by less than a hundredth. The others are
+    tried at once in the type of the other weights, rounded to nearest; if that is noticed, each half of them,
+    and so on. What is left is tried so by GPTQ, then with more scales, then in 16 bits; where all of it is noticed
+    a weight stays float.
 
     Args:
         model: The quantized model, edited.
@@ -121,7 +123,8 @@ def store_float_layers(
     tries.append((find_type(_WIDER), "nearest", 0))
     if step.rounding == "nearest":
         del tries[1]
-    left = sorted(weights)
+    small = _smallest(model, weights, _SPARE * judge.plan.parameters)
+    left = _unsettled(small, partial(unnoticed, tries[-1])) + sorted(weights - set(small))
     for how in tries:
         left = _unsettled(left, partial(unnoticed, how))
     for _, name in left:
@@ -129,6 +132,23 @@ def store_float_layers(
     # what was done to these layers does not make them run on codes
     outcome.changes = [replace(change, weights=()) for change in outcome.changes]
     return outcome
+
+
+def _smallest(model: Graph, weights: set[Stored], budget: float) -> list[Stored]:
+    """Return the smallest weights that have at most so many elements together."""
+    sizes = {
+        one: target.size
+        for target in _targets(model, weights)
+        for one in stored(target.layers)
+        if one in weights
+    }
+    chosen = []
+    for one in sorted(sizes, key=lambda one: (sizes[one], one)):
+        budget -= sizes[one]
+        if budget < 0:
+            break
+        chosen.append(one)
+    return chosen
 
 
 def _unsettled(part: Sequence[Stored], settle: Callable[[Sequence[Stored]], bool]) -> list[Stored]:

@@ -95,6 +95,11 @@ class Plan:
         """Multiply-accumulates of all layers that can run on codes."""
         return sum(layer.macs or 0 for layer in self.layers)
 
+    @property
+    def parameters(self) -> int:
+        """Elements of the weights of these layers."""
+        return sum(layer.layer.parameters for layer in self.layers)
+
     def summable(self, without: Collection[str]) -> list[StaticLayer]:
         """Return the layers that may give float sums when all but `without` run on codes."""
         if not self.scheme.by_codes:
