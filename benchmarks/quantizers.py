@@ -151,6 +151,9 @@ def _nncf() -> Job:
 
 TOOLS: dict[str, Callable[[], Job]] = {
     OURS: lambda: _ours("simplify", "quantize:float_macs=0.1", "encode", "strip:names=true"),
+    f"{OURS} float sums": lambda: _ours(
+        "simplify", "quantize:float_macs=0.1,float_sums=true", "encode", "strip:names=true"
+    ),
     f"{OURS} all int8": lambda: _ours("simplify", "quantize:float_macs=0", "encode", "strip:names=true"),
     "onnxruntime minmax": lambda: _onnxruntime("MinMax"),
     "onnxruntime minmax signed": lambda: _onnxruntime("MinMax", unsigned=False),

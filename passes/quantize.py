@@ -77,6 +77,11 @@ class Quantize(Pass):
         le=1,
         description="largest share of multiply-accumulates left in float, where that saves most",
     )
+    float_sums: bool = Field(
+        False,
+        description="whether convolutions may give float results where rounding them spoils the outputs, by "
+        "ConvInteger, which onnxruntime's CPU provider runs more slowly than a float Conv",
+    )
     target: str = Field(
         "auto", description="profile of the runtime and machine; auto: onnxruntime on this CPU"
     )

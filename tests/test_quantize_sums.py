@@ -33,7 +33,7 @@ def spectrum(scale=1000.0):
 def test_a_result_that_rounding_spoils_stays_float():
     graph, feeds = spectrum(), feeds_of()
     plain, _ = quantized(graph, feeds, exclude="v")
-    result, outcome = quantized(graph, feeds, exclude="v", float_macs=1e-6)
+    result, outcome = quantized(graph, feeds, exclude="v", float_sums=True)
     assert {"ConvInteger", "Sqrt"} <= {node.op_type for node in result.nodes}
     assert any("ConvInteger" in change.what for change in outcome.changes)
     assert sqnr(graph, result, feeds) > sqnr(graph, plain, feeds) + 4
@@ -87,3 +87,11 @@ def test_only_what_nothing_takes_in_codes_may_stay_float(body, expected):
 def test_few_elements_leave_room_for_more(ends, count, expected):
     statistics = ValueStatistics(count, 0, *ends, *ends, count)
     assert allow_for_unseen(ends, statistics) == pytest.approx(expected, abs=1e-5)
+
+
+def test_float_sums_are_refused_where_they_are_not_written():
+    graph, feeds = spectrum(), feeds_of(count=2)
+    result, outcome = quantized(graph, feeds, exclude="v", float_sums=True, activations="int8")
+    assert "ConvInteger" not in {node.op_type for node in result.nodes}
+    assert any("no float sums" in refusal.reason for refusal in outcome.refusals)
+    assert not any("no layer stays float" in refusal.reason for refusal in outcome.refusals)

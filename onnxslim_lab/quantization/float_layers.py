@@ -99,7 +99,7 @@ def float_sums(judge: Judge, without: Sequence[str], context: Context) -> tuple[
     """Let convolutions of the plan whose rounded results spoil the outputs give float sums.
 
     Those that nothing takes in codes are tried one set after another, and kept where the loss falls by a tenth:
-    the passes over their results take time. Sums that the plan has stay.
+    they take time. Sums that the plan has stay.
 
     Args:
         judge: Measures the loss; its plan is edited.

@@ -51,7 +51,9 @@ def apply_static(model: Graph, step: Quantize, context: Context) -> Outcome:
     if planned is None:
         return outcome
     plan, others, judge = planned.plan, planned.others, planned.judge
-    left = _stay_float(judge, step, context, outcome) if judge is not None and step.float_macs else []
+    left = []
+    if judge is not None and (step.float_macs or step.float_sums):
+        left = _stay_float(judge, step, context, outcome)
     original = model.copy()
     outcome.merge(plan.write(model, without=left))
     if written != "qdq":
@@ -112,9 +114,14 @@ def plan_static(
 
 
 def _stay_float(judge: Judge, step: Quantize, context: Context, outcome: Outcome) -> list[str]:
-    """Return the layers that sensitivity leaves float; results that spoil the outputs stay float before."""
+    """Return the layers that sensitivity leaves float; results that spoil the outputs stay float if asked for."""
     plan = judge.plan
-    _sum_in_float(judge, (), context, outcome)
+    if step.float_sums and not plan.scheme.by_codes:
+        outcome.refuse(plan.model.name, "no float sums: they are for onnxruntime and activations in uint8")
+    if step.float_sums:
+        _sum_in_float(judge, (), context, outcome)
+    if not step.float_macs:
+        return []
     restored, before, after = float_layers(judge, step.float_macs, context)
     for one in restored:
         for name in one.names:
@@ -137,7 +144,7 @@ def _stay_float(judge: Judge, step: Quantize, context: Context, outcome: Outcome
         outcome.refuse(
             plan.model.name, "no layer stays float: none saves a noticeable part of the output error"
         )
-    if restored:
+    if restored and step.float_sums:
         _sum_in_float(judge, names, context, outcome)
     if step.ranges == "auto" and (restored or plan.summed):
         outcome.change(plan.model.name, f"then {choose_ranges(judge, names)}")

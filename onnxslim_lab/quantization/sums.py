@@ -1,8 +1,9 @@
 """Convolutions on codes whose results stay float: ConvInteger, which gives the sums of products unrounded.
 
 QLinearConv rounds what it gives to 8 bits. Where that spoils the outputs and nothing takes the result in codes,
-ConvInteger -> Cast -> Mul (-> Add) computes the same products and rounds nothing; its passes over the result
-take time that a QLinearConv does not.
+ConvInteger -> Cast -> Mul (-> Add) computes the same products and rounds nothing. onnxruntime's CPU provider has no
+fast ConvInteger (1.31: several times slower than a float Conv): it is for models whose time does not matter, and
+for targets that run it well.
 """
 
 from __future__ import annotations
