@@ -76,3 +76,14 @@ def kth_magnitude(read: Callable[[], Iterable[Array]], k: int, *, wide: bool) ->
         k -= int(upto[digit] - counts[digit])
         key = key << width | digit
     return key, k
+
+
+def exact_half(array: Array) -> Array | None:
+    """Return an array in float16 where that keeps every value, else None.
+
+    >>> exact_half(np.float32([0.5, 3])).dtype, exact_half(np.float32([0.1])), exact_half(np.float32([1e6]))
+    (dtype('float16'), None, None)
+    """
+    with np.errstate(over="ignore"):
+        half = array.astype(np.float16)
+    return half if np.array_equal(half, array) else None

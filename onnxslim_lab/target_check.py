@@ -211,7 +211,7 @@ def _quantizer(graph: Graph, node: NodeProto, profile: Profile) -> Iterator[Find
         )
 
     if found.type_name and found.type_name not in known:
-        runs_anyway = profile.name.startswith("onnxruntime") or profile.name == "cuda"
+        runs_anyway = profile.is_onnxruntime or profile.name == "cuda"
         if not runs_anyway or constant:
             yield finding(
                 "type",

@@ -183,15 +183,15 @@ def test_float16_overflow_on_one_sample(lenet, digits, runner, tmp_path):
     assert wrong.where[0] in {node.name or node.output[0] for node in onnx.load(half).graph.node}
 
 
+def int8(baseline, digits, runner, folder, step):
+    """Return the path of the model simplified and quantized on 32 digits."""
+    steps, data = ["simplify", step], Dataset(digits.feeds[:32], None, "mnist")
+    return optimize(baseline, folder / "int8.onnx", steps=steps, data=data, runner=runner).files.paths[0]
+
+
 def test_a_saturating_int8_layer(zoo, digits, runner, tmp_path):
     baseline = zoo("lenet5")
-    good = optimize(
-        baseline,
-        tmp_path / "int8.onnx",
-        steps=["simplify", "quantize:format=qdq"],
-        data=Dataset(digits.feeds[:32], None, "mnist"),
-        runner=runner,
-    ).files.paths[0]
+    good = int8(baseline, digits, runner, tmp_path, "quantize:format=qdq")
     limits = {"agreement": {"least": 0.97}, "output_error": [{"relative": 0.1}]}
     assert judge(good, baseline, digits, runner, **limits).passed
     named = []
@@ -216,13 +216,7 @@ def test_a_saturating_int8_layer(zoo, digits, runner, tmp_path):
 
 def test_a_layer_that_saturates_on_the_target(zoo, digits, runner, tmp_path):
     baseline = zoo("lenet5")
-    wide = optimize(
-        baseline,
-        tmp_path / "int8.onnx",
-        steps=["simplify", "quantize:target=onnxruntime-x86-vnni"],
-        data=Dataset(digits.feeds[:32], None, "mnist"),
-        runner=runner,
-    ).files.paths[0]
+    wide = int8(baseline, digits, runner, tmp_path, "quantize:target=onnxruntime-x86-vnni")
     report = judge(wide, baseline, digits, runner, target="onnxruntime-x86")
     assert report.exit_code == 14
     assert "exceed int16 on this data" in verdicts(report)["target"].cause

@@ -60,7 +60,7 @@ def _told(subject: Subject, key: str, judge: Callable[[], BudgetResult]) -> Budg
     try:
         result = judge()
     except NotMeasured as error:
-        return BudgetResult(budget=key, kind="quality", status="undecided", cause=str(error))
+        return BudgetResult.unmeasured(key, "quality", error)
     except _UnlikeError as error:
         return BudgetResult(budget=key, kind="quality", status="fail", cause=str(error))
     result = result.model_copy(update={"budget": key})
@@ -201,7 +201,7 @@ def check_output_error(subject: Subject) -> Iterator[BudgetResult]:
             errors = subject.errors
         except NotMeasured as error:
             key = f"output_error.{budget.output}"
-            yield BudgetResult(budget=key, kind="quality", status="undecided", cause=str(error))
+            yield BudgetResult.unmeasured(key, "quality", error)
             continue
         names = list(errors) if budget.output == "*" else [budget.output]
         for name in names:

@@ -32,7 +32,7 @@ def check_speed(subject: Subject) -> Iterator[BudgetResult]:
         report = subject.timing
     except (NotMeasured, LabError) as error:
         for key in keys:
-            yield BudgetResult(budget=key, kind="speed", status="undecided", cause=str(error))
+            yield BudgetResult.unmeasured(key, "speed", error)
         return
     alpha = subject.config.alpha
     seconds = np.array(report.second.seconds)

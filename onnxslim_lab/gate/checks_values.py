@@ -20,7 +20,7 @@ def check_finite(subject: Subject) -> Iterator[BudgetResult]:
     try:
         bad = nonfinite(subject.result)
     except NotMeasured as error:
-        yield BudgetResult(budget="finite", kind="values", status="undecided", cause=str(error))
+        yield BudgetResult.unmeasured("finite", "values", error)
         return
     samples = len(subject.feeds)
     if bad is None:
@@ -65,7 +65,7 @@ def check_engines(subject: Subject) -> Iterator[BudgetResult]:
         results = subject.result
         opinion = second_opinion(subject.candidate, subject.feeds, results, subject.runner, subject.tolerance)
     except (NotMeasured, LabError) as error:
-        yield BudgetResult(budget=key, kind="values", status="undecided", cause=str(error))
+        yield BudgetResult.unmeasured(key, "values", error)
         return
     if opinion.status == "failed":
         given = subject.reference

@@ -88,6 +88,11 @@ class BudgetResult(_Part):
     better: Literal["less", "more"] = "less"
     where: tuple[Text, ...] = ()
 
+    @classmethod
+    def unmeasured(cls, budget: str, kind: Cause, error: Exception) -> BudgetResult:
+        """Return that a budget is undecided because what it limits could not be measured."""
+        return cls(budget=budget, kind=kind, status="undecided", cause=str(error))
+
 
 class GateReport(_Part):
     """All verdicts on a candidate."""

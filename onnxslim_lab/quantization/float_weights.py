@@ -67,7 +67,7 @@ def store_weights(
     cut = {"granularity": "block", "block": block} if block else {"granularity": "channel"}
     part = step.model_copy(update={"weights": kind.name, **cut})
     jobs = [weight_jobs.make_job(target, part, kind, scheme.profile) for target in _targets(model, weights)]
-    if decode and scheme.profile.name.startswith("onnxruntime"):
+    if decode and scheme.profile.is_onnxruntime:
         jobs = [replace(job, form="decoded") for job in jobs]
     how = weight_rounding.Scheme(rounding, symmetric=scheme.symmetric_weights)
     weight_only.quantize_jobs(model, jobs, how, context, outcome)
@@ -118,13 +118,12 @@ def store_float_layers(
         store(model, outcome=outcome)
         return True
 
+    kind, wide = scheme.weights, (find_type(_WIDER), "nearest", 0)
     best = "nearest" if step.rounding == "nearest" else "gptq"
-    tries = [(scheme.weights, "nearest", 0), (scheme.weights, best, 0), (scheme.weights, best, _BLOCK)]
-    tries.append((find_type(_WIDER), "nearest", 0))
-    if step.rounding == "nearest":
-        del tries[1]
+    again = [(kind, best, 0)] if best != "nearest" else []
+    tries = [(kind, "nearest", 0), *again, (kind, best, _BLOCK), wide]
     small = _smallest(model, weights, _SPARE * judge.plan.parameters)
-    left = _unsettled(small, partial(unnoticed, tries[-1])) + sorted(weights - set(small))
+    left = _unsettled(small, partial(unnoticed, wide)) + sorted(weights - set(small))
     for how in tries:
         left = _unsettled(left, partial(unnoticed, how))
     for _, name in left:

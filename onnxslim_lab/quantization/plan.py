@@ -18,7 +18,7 @@ from onnxslim_lab.quantization.placement import Placement, place
 from onnxslim_lab.quantization.ranges import Method, Range, allow_for_unseen, choose_range
 from onnxslim_lab.quantization.shielding import keep_float, keep_on_codes
 from onnxslim_lab.quantization.static_layers import Key, StaticLayer, added_bias, key_of, weight_axis
-from onnxslim_lab.quantization.static_types import is_onnxruntime, widened, widens
+from onnxslim_lab.quantization.static_types import widened, widens
 from onnxslim_lab.quantization.sums import summable, write_sums
 from onnxslim_lab.quantization.types import QuantType
 from onnxslim_lab.quantization.writer import GraphWriter, widen_for_bias
@@ -59,7 +59,7 @@ class Scheme:
     @property
     def by_codes(self) -> bool:
         """Whether standard operators may be put between codes."""
-        return self.profile.name.startswith("onnxruntime") and self.activations.name == "uint8"
+        return self.profile.is_onnxruntime and self.activations.name == "uint8"
 
 
 @dataclass
@@ -157,7 +157,7 @@ class Plan:
                 self._write_layer(writer, planned, layer, stored, outcome)
             writer.write_activations()
             write_sums(placed.graph, [layer for planned, layer in found if planned.name in self.summed])
-        if is_onnxruntime(self.scheme.profile):
+        if self.scheme.profile.is_onnxruntime:
             for part in graph.walk():
                 keep_float(part)
                 keep_on_codes(part)
@@ -288,7 +288,7 @@ class Plan:
             stored[key] = name, writer.parameters(read, owner=owner, brief=brief)
         name, parameters = stored[key]
         writer.write_weight(layer, name, parameters, grid.axis)
-        folds = self.scheme.profile.name.startswith("onnxruntime")
+        folds = self.scheme.profile.is_onnxruntime
         if layer.stored.used_type != 10:
             writer.write_bias(layer, grid, self.shifts.get(planned.name), parameters[0] if folds else "")
         outcome.changes.append(

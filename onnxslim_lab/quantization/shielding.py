@@ -29,19 +29,15 @@ from onnxslim_lab.targets.qdq import dequantizer, ending, is_dequantize
 _TAKEN = ("Conv", "ConvTranspose", "Gemm")
 
 
-def keep_float(graph: Graph) -> list[str]:
-    """Keep the float layers of one graph float on onnxruntime, in place; return their names."""
-    kept = []
+def keep_float(graph: Graph) -> None:
+    """Keep the float layers of one graph float on onnxruntime, in place."""
     for node in graph.nodes:
         if _would_be_quantized(graph, node):
             _shield(graph, node)
-            kept.append(node.name or node.output[0])
-    return kept
 
 
-def keep_on_codes(graph: Graph) -> list[str]:
-    """Keep products on codes from becoming float through the Relu behind them, in place; return their names."""
-    kept = []
+def keep_on_codes(graph: Graph) -> None:
+    """Keep products on codes from becoming float through the Relu behind them, in place."""
     for relu in graph.nodes:
         if not is_op(relu, "Relu") or graph.use_count(relu.input[0]) != 1:
             continue
@@ -53,8 +49,6 @@ def keep_on_codes(graph: Graph) -> list[str]:
             continue
         if node is not None and all(dequantizer(graph, value) is not None for value in node.input[:2]):
             _leak(graph, relu)
-            kept.append(node.name or node.output[0])
-    return kept
 
 
 def _leak(graph: Graph, relu: NodeProto) -> None:

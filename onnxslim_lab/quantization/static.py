@@ -25,6 +25,7 @@ from onnxslim_lab.quantization.planning import (
 )
 from onnxslim_lab.quantization.prepare import prepare
 from onnxslim_lab.quantization.qoperator import format_of, write_operators
+from onnxslim_lab.quantization.weight_prepare import layer_names
 from onnxslim_lab.selection import Target, find_targets, matches
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def apply_static(model: Graph, step: Quantize, context: Context) -> Outcome:
     if judge is not None and left:
         weights = stored(layer.layer for layer in plan.layers if layer.name in left)
         outcome.merge(store_float_layers(model, weights, judge, step, scheme, context))
-    if plan.layers and scheme.profile.name.startswith("onnxruntime-"):
+    if plan.layers and scheme.profile.is_onnxruntime:
         notice = slower(context, original, model)
         if notice:
             outcome.refuse(model.name or "model", notice)
@@ -186,7 +187,7 @@ def select(model: Graph, step: Quantize, outcome: Outcome) -> list[Target]:
     Patterns were checked against the model as it came: one that now matches nothing named what
     simplification removed.
     """
-    known = _names(model)
+    known = layer_names(model)
     include, exclude = (
         tuple(pattern for pattern in patterns if matches(pattern, known))
         for patterns in (step.include, step.exclude)
@@ -203,11 +204,3 @@ def select(model: Graph, step: Quantize, outcome: Outcome) -> list[Target]:
         else:
             outcome.refuse(target.where, f"{other.op_type} is not among op_types")
     return chosen
-
-
-def _names(model: Graph) -> set[str]:
-    """Return every name that a pattern can match."""
-    outcome = Outcome()
-    found = find_targets(model, outcome, step="quantize")
-    names = {refusal.where for refusal in outcome.refusals}
-    return names.union(*({layer.name, layer.node.name, layer.weight} for t in found for layer in t.layers))

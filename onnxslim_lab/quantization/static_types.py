@@ -18,11 +18,6 @@ _INT8 = QUANT_TYPES["int8"]
 _WIDE = ("uint16", "int16")  # onnxruntime computes in float between them
 
 
-def is_onnxruntime(profile: Profile) -> bool:
-    """Whether the target is onnxruntime's CPU provider, which folds constants and fuses by pattern."""
-    return profile.name.startswith("onnxruntime")
-
-
 def check_types(activations: QuantType, weights: QuantType, profile: Profile) -> None:
     """Check that the target runs layers of these types.
 
@@ -34,14 +29,14 @@ def check_types(activations: QuantType, weights: QuantType, profile: Profile) ->
     """
     if not profile.activation_types:
         return  # no layer of it runs on codes: their weights alone are quantized
-    known = profile.activation_types + (_WIDE if is_onnxruntime(profile) else ())
+    known = profile.activation_types + (_WIDE if profile.is_onnxruntime else ())
     if activations.name not in known:
         raise ParameterError(
             f"quantize: target {profile.name} has no layers with {activations} activations; "
             f"choose activations={', '.join(known)}, or mode=weight-only"
         )
     taken: tuple[str, ...] = profile.weight_types
-    if is_onnxruntime(profile):
+    if profile.is_onnxruntime:
         wide = activations.name in _WIDE
         taken = tuple(
             kind.name for kind in QUANT_TYPES.values() if kind.bits <= 16 and (wide or not kind.floating)
@@ -55,7 +50,7 @@ def check_types(activations: QuantType, weights: QuantType, profile: Profile) ->
 
 def widens(activations: QuantType, weights: QuantType, profile: Profile) -> bool:
     """Whether codes of weights are cast to int8, in which the target multiplies them."""
-    return is_onnxruntime(profile) and weights.bits < 8 and activations.bits == 8
+    return profile.is_onnxruntime and weights.bits < 8 and activations.bits == 8
 
 
 def widened(grid: Grid) -> Grid:

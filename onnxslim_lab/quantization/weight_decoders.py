@@ -14,6 +14,7 @@ from onnx import TensorProto
 
 from onnxslim_lab.encodings.packing import trim, unpack
 from onnxslim_lab.encodings.plan import Plan, Target, onnx_type
+from onnxslim_lab.floats import exact_half
 from onnxslim_lab.quantization.quantized_weight import Array, QuantizedWeight
 
 FIRST_OPSET = 7
@@ -90,9 +91,8 @@ def narrowed(weight: QuantizedWeight) -> QuantizedWeight:
 
 def _scale(plan: Plan, scale: Array) -> str:
     """Add the scales, in float16 and a Cast where that is exact and smaller."""
-    with np.errstate(over="ignore"):
-        half = scale.astype(np.float16)
-    if scale.dtype == np.float16 or scale.size < _WORTH_A_CAST or not np.array_equal(half, scale):
+    half = exact_half(scale)
+    if scale.dtype == np.float16 or scale.size < _WORTH_A_CAST or half is None:
         return plan.tensor("scale", scale)
     return plan.op("Cast", plan.tensor("scale", half), to=onnx_type(scale.dtype))
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from onnx import TensorProto
 
+from onnxslim_lab.floats import exact_half
 from onnxslim_lab.graph import attribute
 from onnxslim_lab.layers import Layer
 from onnxslim_lab.quantization.quantized_weight import Array, QuantizedWeight
@@ -164,9 +165,8 @@ def write_looked_up(weight: QuantizedWeight) -> None:
     wide = kind.dtype if kind.bits >= 8 else np.dtype(np.int8 if kind.signed else np.uint8)
     codes = weight.codes[:, :, 0] if kind.bits >= 8 else packed_rows(weight)
     names = [_store(weight, weight.layer, "quantized", codes, owner=True)]
-    with np.errstate(over="ignore"):
-        half = scales.astype(np.float16)
-    stored = half if np.array_equal(half, scales) else scales  # in half the bytes where that is exact
+    half = exact_half(scales)
+    stored = scales if half is None else half
     names.append("" if weight.per_tensor else _store(weight, weight.layer, "scale", stored, owner=True))
     offset = weight.needs_zero_point and not weight.per_tensor
     names.append(_store(weight, weight.layer, "zero_point", zero.astype(wide), owner=True) if offset else "")

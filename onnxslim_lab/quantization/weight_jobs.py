@@ -123,7 +123,7 @@ def make_job(target: Target, step: WeightOnlyStep, kind: QuantType, profile: Pro
     parted = block if 0 < block < length else 0
     written = parted or 16
     contrib = step.format == "microsoft" or (step.format == "auto" and profile.int4_format == "MatMulNBits")
-    folds = step.format != "qdq" and profile.name.startswith("onnxruntime")
+    folds = step.format != "qdq" and profile.is_onnxruntime
     form: Form = "decoded" if folds else "dequantized"
     if contrib and microsoft.can_multiply(target.layers, kind, written):
         form = "MatMulNBits"

@@ -175,7 +175,7 @@ def _types(group: Group, rule: Operator, profile: Profile) -> Iterator[Finding]:
 
 def _attributes(group: Group, profile: Profile) -> Iterator[Finding]:
     node = group.node
-    if not profile.name.startswith("onnxruntime"):
+    if not profile.is_onnxruntime:
         return
     factors = {attribute(node, "alpha", 1.0), attribute(node, "beta", 1.0)}
     if node.op_type == "Gemm" and len(node.input) > 2 and factors != {1.0}:

@@ -131,3 +131,8 @@ class Profile(BaseModel):
     dynamic_shapes: bool = True
     facts: tuple[Fact, ...] = ()
     notice: str = ""
+
+    @property
+    def is_onnxruntime(self) -> bool:
+        """Whether the runtime is onnxruntime's CPU provider, which folds constants and fuses by pattern."""
+        return self.name.startswith("onnxruntime")
