@@ -36,6 +36,7 @@ from onnxslim_lab.graph import Graph
 from onnxslim_lab.selection import find_targets
 
 CALIBRATION, EVALUATION = 32, 64  # feeds; images come one to a feed
+MORE = {"efficientnet_lite0": (128, 256)}  # of 64 answers to photographs one is more than the target leaves
 FLOAT_MACS = 0.1  # at most
 FILE = 0.27  # of the float file, for models of convolutions and products; of the weights' bytes for others
 DENSE = 0.9  # of the file's bytes in weights of convolutions and products: these models have to meet FILE
@@ -75,7 +76,8 @@ def make(name: str, tools: list[str], peers: str, jobs: int, folder: Path) -> li
     record = folder / "results.json"
     known = {one["tool"]: Result(**one) for one in json.loads(record.read_text())} if record.exists() else {}
     source = zoo.path(name)
-    for kind, samples, seed in (("calibration", CALIBRATION, 11), ("evaluation", EVALUATION, 12)):
+    calibration, evaluation = MORE.get(name, (CALIBRATION, EVALUATION))
+    for kind, samples, seed in (("calibration", calibration, 11), ("evaluation", evaluation, 12)):
         (folder / kind).write_bytes(pickle.dumps(zoo.feeds(name, samples=samples, seed=seed)))
 
     def one(tool: str) -> Result:

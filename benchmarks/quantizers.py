@@ -149,12 +149,22 @@ def _nncf() -> Job:
     return run
 
 
+def _static(options: str) -> Job:
+    steps = (
+        "simplify",
+        "equalize:parts=1",
+        f"quantize:{options}",
+        "correct-bias",
+        "encode",
+        "strip:names=true",
+    )
+    return _ours(*steps)
+
+
 TOOLS: dict[str, Callable[[], Job]] = {
-    OURS: lambda: _ours("simplify", "quantize:float_macs=0.1", "encode", "strip:names=true"),
-    f"{OURS} float sums": lambda: _ours(
-        "simplify", "quantize:float_macs=0.1,float_sums=true", "encode", "strip:names=true"
-    ),
-    f"{OURS} all int8": lambda: _ours("simplify", "quantize:float_macs=0", "encode", "strip:names=true"),
+    OURS: lambda: _static("float_macs=0.1"),
+    f"{OURS} float sums": lambda: _static("float_macs=0.1,float_sums=true"),
+    f"{OURS} all int8": lambda: _static("float_macs=0"),
     "onnxruntime minmax": lambda: _onnxruntime("MinMax"),
     "onnxruntime minmax signed": lambda: _onnxruntime("MinMax", unsigned=False),
     "onnxruntime entropy": lambda: _onnxruntime("Entropy"),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from onnxslim_lab.base import Context
+from onnxslim_lab.quantization.float_weights import round_in_float
 from onnxslim_lab.quantization.output_loss import Judge
 from onnxslim_lab.quantization.static_layers import StaticLayer
 
@@ -16,6 +17,7 @@ GROUPS = 60
 _NOTICEABLE = 0.01  # least part of the loss that a set of layers must cause
 _STEPS = 4  # parts of the chosen layers that are tried
 _WORTH = 0.8  # times the loss, for layers to stay float: 1 dB; less is not worth what it takes of the speed
+_WORTH_BYTES = 0.5  # times the loss, for weights of 16 bits in layers that stay float: 3 dB
 _WORTH_SUMS = 0.9  # times the loss, for float sums, which take less of it
 _MOST_SUMS = 12  # sets of layers whose sums are tried
 _ENOUGH = 1.05  # a smaller part is taken when its loss is at most so many times the least
@@ -63,7 +65,8 @@ def float_layers(judge: Judge, share: float, context: Context) -> tuple[list[Res
     Layers whose multiply-accumulates are not known stay quantized. Each candidate is measured by the loss of
     the model in which it alone is quantized: rounding errors of different layers add up, and so neighbours
     whose common values are the trouble are found, of which one alone in float would help nothing. What is
-    chosen is then tried, the worst part of it and all of it, and dropped when it gains less than 1 dB.
+    chosen is then tried, the worst part of it and all of it, and dropped when it gains less than 1 dB. Their
+    weights are to be stored in codes as well, wider ones only if that gains 3 dB.
 
     Args:
         judge: Measures the loss.
@@ -83,11 +86,17 @@ def float_layers(judge: Judge, share: float, context: Context) -> tuple[list[Res
         context.progress(number + 1, len(candidates), f"sensitivity of {names[0]}")
         measured.append(Restored(names, _macs(group), judge.loss(only=names) / whole))
     chosen = sorted(choose(measured, budget), key=lambda one: one.caused, reverse=True)
-    tried: dict[int, float] = {0: whole}
+    coded, wide = {0: whole}, {0: whole}  # loss by how many stay float, with their weights in codes or not
     for step in range(1, _STEPS + 1):
         count = math.ceil(len(chosen) * step / _STEPS)
-        if count not in tried:
-            tried[count] = judge.loss(without=[name for one in chosen[:count] for name in one.names])
+        if count not in coded:
+            names = tuple(name for one in chosen[:count] for name in one.names)
+            graph = plan.model.copy()
+            plan.write(graph, without=names)
+            wide[count] = judge.loss_of(graph)
+            round_in_float(graph, names, plan)
+            coded[count] = judge.loss_of(graph)
+    tried = wide if min(wide.values()) < _WORTH_BYTES * min(coded.values()) else coded
     least = min(tried.values())
     if least > whole * _WORTH:
         return [], whole, whole

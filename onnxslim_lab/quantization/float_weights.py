@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -11,8 +11,9 @@ from onnxslim_lab.base import Context, Outcome
 from onnxslim_lab.graph import Graph
 from onnxslim_lab.layers import Layer
 from onnxslim_lab.quantization import weight_jobs, weight_only, weight_rounding
+from onnxslim_lab.quantization.numerics import dequantize
 from onnxslim_lab.quantization.output_loss import Judge
-from onnxslim_lab.quantization.plan import Scheme
+from onnxslim_lab.quantization.plan import Plan, Scheme
 from onnxslim_lab.quantization.types import QuantType, find_type
 from onnxslim_lab.selection import Target, find_targets
 from onnxslim_lab.statistics.collected import Place, place
@@ -20,7 +21,7 @@ from onnxslim_lab.statistics.collected import Place, place
 if TYPE_CHECKING:
     from onnxslim_lab.passes.quantize import Quantize
 
-_NOTICEABLE = 1.6  # times the loss: 2 dB
+_NOTICEABLE = 1.1  # times the loss: 0.4 dB
 _SPARE = 0.01  # of all parameters: those that take 16 bits unasked
 _FAINT = 1e-4  # a loss that is not noticed in any case: 40 dB
 _WIDER = "int16"
@@ -73,8 +74,36 @@ def store_weights(
     weight_only.quantize_jobs(model, jobs, how, context, outcome)
 
 
+def round_in_float(model: Graph, names: Collection[str], plan: Plan) -> None:
+    """Round the weights of layers that stay float as their codes would be, but for the smallest ones.
+
+    What `store_float_layers` will do to them is so known beforehand, at no cost.
+
+    Args:
+        model: A copy of the plan's model that was written without these layers, edited.
+        names: The layers.
+        plan: Has the codes.
+    """
+    planned = {next(iter(stored([one.layer]))): one for one in plan.layers if one.name in names}
+    small = _smallest(model, set(planned), _SPARE * plan.parameters)
+    graphs = {place(part): part for part in model.walk()}
+    for where, one in planned.items():
+        if where not in small:
+            view = one.layer.stored
+            array = view.backward(dequantize(*plan.weight(one, one.layer)))
+            before = graphs[where[0]].constant(where[1])
+            assert before is not None
+            graphs[where[0]].set_constant(where[1], array.astype(before.dtype), view.data_type)
+
+
 def store_float_layers(
-    model: Graph, weights: set[Stored], judge: Judge, step: Quantize, scheme: Scheme, context: Context
+    model: Graph,
+    weights: set[Stored],
+    judge: Judge,
+    step: Quantize,
+    scheme: Scheme,
+    context: Context,
+    expected: float,
 ) -> Outcome:
     """Store the weights of layers that stay float for the sake of the outputs, unless that spoils them.
 
@@ -90,11 +119,12 @@ def store_float_layers(
         step: The quantize pass.
         scheme: The types.
         context: Of the pass.
+        expected: The loss that these layers were chosen for; more is noticed.
 
     Returns:
         One change for each weight, or a refusal.
     """
-    limit = max(judge.loss_of(model) * _NOTICEABLE, _FAINT)
+    limit = max(max(judge.loss_of(model), expected) * _NOTICEABLE, _FAINT)
     outcome = Outcome()
 
     def unnoticed(how: tuple[QuantType, str, int], part: Sequence[Stored]) -> bool:
@@ -119,7 +149,7 @@ def store_float_layers(
         return True
 
     kind, wide = scheme.weights, (find_type(_WIDER), "nearest", 0)
-    best = "nearest" if step.rounding == "nearest" else "gptq"
+    best = _best(step)
     again = [(kind, best, 0)] if best != "nearest" else []
     tries = [(kind, "nearest", 0), *again, (kind, best, _BLOCK), wide]
     small = _smallest(model, weights, _SPARE * judge.plan.parameters)
@@ -131,6 +161,11 @@ def store_float_layers(
     # what was done to these layers does not make them run on codes
     outcome.changes = [replace(change, weights=()) for change in outcome.changes]
     return outcome
+
+
+def _best(step: Quantize) -> str:
+    """Return the best rounding of weights that a step allows."""
+    return "nearest" if step.rounding == "nearest" else "gptq"
 
 
 def _smallest(model: Graph, weights: set[Stored], budget: float) -> list[Stored]:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from onnxslim_lab.layers import Layer
 from onnxslim_lab.quantization.adaround import learn_rounding
+from onnxslim_lab.quantization.compensation import damping_for
 from onnxslim_lab.quantization.numerics import Grid, dequantize, quantize
 from onnxslim_lab.quantization.rounding import descend, round_gptq
 from onnxslim_lab.statistics import Gram
@@ -43,9 +44,12 @@ def round_layer(layer: Layer, grid: Grid, gram: Gram, *, learn: bool = False) ->
         if not np.isfinite(energy).all():
             codes[group] = quantize(matrix[group], rows)
             continue
-        first = round_gptq(matrix[group], rows, energy)
-        found = descend(matrix[group], rows, first, energy) if energy.ndim == 2 else first
-        codes[group] = learn_rounding(matrix[group], rows, energy, start=found) if learn else found
+        damping = damping_for(size, gram.count)
+        first = round_gptq(matrix[group], rows, energy, damping=damping)
+        found = descend(matrix[group], rows, first, energy, damping=damping) if energy.ndim == 2 else first
+        if learn:
+            found = learn_rounding(matrix[group], rows, energy, start=found, damping=damping)
+        codes[group] = found
     return np.ascontiguousarray(layer.kind.weight(codes))
 
 

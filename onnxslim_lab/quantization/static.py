@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,12 @@ from onnxslim_lab.layers import Layer
 from onnxslim_lab.macs import fed_sizes
 from onnxslim_lab.quantization import weight_jobs
 from onnxslim_lab.quantization.float_layers import float_layers, float_sums
-from onnxslim_lab.quantization.float_weights import store_float_layers, store_weights, stored
+from onnxslim_lab.quantization.float_weights import (
+    Stored,
+    store_float_layers,
+    store_weights,
+    stored,
+)
 from onnxslim_lab.quantization.output_loss import Judge, choose_ranges, decibels, slower
 from onnxslim_lab.quantization.plan import Plan, Scheme
 from onnxslim_lab.quantization.planning import (
@@ -52,17 +57,18 @@ def apply_static(model: Graph, step: Quantize, context: Context) -> Outcome:
     if planned is None:
         return outcome
     plan, others, judge = planned.plan, planned.others, planned.judge
-    left = []
+    left: list[str] = []
+    expected = 0.0
     if judge is not None and (step.float_macs or step.float_sums):
-        left = _stay_float(judge, step, context, outcome)
+        left, expected = _stay_float(judge, step, context, outcome)
     original = model.copy()
     outcome.merge(plan.write(model, without=left))
     if written != "qdq":
         outcome.merge(write_operators(model, microsoft=written == "microsoft"))
     _weights_alone(model, others, step, scheme, context, outcome)
     if judge is not None and left:
-        weights = stored(layer.layer for layer in plan.layers if layer.name in left)
-        outcome.merge(store_float_layers(model, weights, judge, step, scheme, context))
+        weights = _weights_of(plan, left)
+        outcome.merge(store_float_layers(model, weights, judge, step, scheme, context, expected))
     if plan.layers and scheme.profile.is_onnxruntime:
         notice = slower(context, original, model)
         if notice:
@@ -114,15 +120,19 @@ def plan_static(
     return Planned(plan, others, judge)
 
 
-def _stay_float(judge: Judge, step: Quantize, context: Context, outcome: Outcome) -> list[str]:
-    """Return the layers that sensitivity leaves float; results that spoil the outputs stay float if asked for."""
+def _stay_float(judge: Judge, step: Quantize, context: Context, outcome: Outcome) -> tuple[list[str], float]:
+    """Return the layers that sensitivity leaves float, and the loss that this was chosen for.
+
+    Results that spoil the outputs stay float if asked for.
+    """
     plan = judge.plan
+
     if step.float_sums and not plan.scheme.by_codes:
         outcome.refuse(plan.model.name, "no float sums: they are for onnxruntime and activations in uint8")
     if step.float_sums:
         _sum_in_float(judge, (), context, outcome)
     if not step.float_macs:
-        return []
+        return [], 0.0
     restored, before, after = float_layers(judge, step.float_macs, context)
     for one in restored:
         for name in one.names:
@@ -149,7 +159,11 @@ def _stay_float(judge: Judge, step: Quantize, context: Context, outcome: Outcome
         _sum_in_float(judge, names, context, outcome)
     if step.ranges == "auto" and (restored or plan.summed):
         outcome.change(plan.model.name, f"then {choose_ranges(judge, names)}")
-    return names
+    return names, after
+
+
+def _weights_of(plan: Plan, names: Collection[str]) -> set[Stored]:
+    return stored(layer.layer for layer in plan.layers if layer.name in names)
 
 
 def _sum_in_float(judge: Judge, without: Sequence[str], context: Context, outcome: Outcome) -> None:
