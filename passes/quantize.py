@@ -13,6 +13,7 @@ from onnxslim_lab.quantization.dynamic import apply_dynamic
 from onnxslim_lab.quantization.ranges import Method
 from onnxslim_lab.quantization.static import apply_static
 from onnxslim_lab.quantization.types import find_type
+from onnxslim_lab.quantization.weight_codes import decode_codes, restore_codes
 from onnxslim_lab.quantization.weight_fill import refill, refuse_fills, spread_fills
 from onnxslim_lab.quantization.weight_only import apply_weight_only, check_data
 from onnxslim_lab.quantization.weight_prepare import prepare_weights, share_constants
@@ -135,6 +136,12 @@ class Quantize(Pass):
         return f"{profile.notice}; {', '.join(told)}"
 
     def _apply(self, graph: Graph, context: Context) -> Outcome:
+        decoded = decode_codes(graph)
+        outcome = self._quantize(graph, context)
+        restore_codes(graph, decoded)
+        return outcome
+
+    def _quantize(self, graph: Graph, context: Context) -> Outcome:
         if self.mode == "static":
             filled = spread_fills(graph)
             outcome = apply_static(graph, self, context)

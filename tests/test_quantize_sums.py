@@ -61,6 +61,19 @@ def test_float_sums_are_the_products_of_the_codes():
     assert np.allclose(found, expected, atol=1e-3 * np.abs(expected).max())
 
 
+def test_a_layer_that_gets_no_float_sums_says_why():
+    graph, feeds = spectrum(1.0), feeds_of(count=2)
+    asked = {"target": "onnxruntime-x86-vnni", "exclude": ("v",), "symmetric": False, "ranges": "minmax"}
+    step = Quantize.model_validate(asked)
+    planned = plan_static(graph, step, scheme_of(step), context_of(feeds), Outcome())
+    plan = planned.plan
+    plan.summed = {plan.layers[0].name}
+    outcome = plan.write(plan.model.copy())
+    (refusal,) = outcome.refusals
+    assert refusal.where == plan.layers[0].name
+    assert refusal.reason == "no float sums: the zero points of its weight differ by channel"
+
+
 @pytest.mark.parametrize(
     ("body", "expected"),
     [

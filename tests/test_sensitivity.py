@@ -253,6 +253,16 @@ def test_a_step_without_layers_is_an_error(runner):
         sensitivity(network(), [step(exclude=("*",))], calibration)
 
 
+def test_weights_that_constantofshape_makes_are_looked_at_as_well(runner):
+    model = network()
+    shape = model.constant("second").shape
+    model.remove_constant("second")
+    model.set_constant("sizes", np.array(shape, np.int64))
+    model.emit("ConstantOfShape", ["sizes"], ["second"], value=numpy_helper.from_array(np.float32([0.5])))
+    found = variants_of(model, step(), Context(calibration=Calibration(runner, data())), data().feeds[0])
+    assert [layer.name for layer in found.layers] == ["first", "second", "third"]
+
+
 @pytest.mark.parametrize("as_json", [False, True])
 def test_the_command(tmp_path, as_json):
     app = typer.Typer()

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from onnx import NodeProto, TensorProto, numpy_helper
+from onnx import NodeProto, TensorProto
 
 from onnxslim_lab.floats import Array
 from onnxslim_lab.graph import Graph, attribute, is_op
 from onnxslim_lab.quantization.operators import clip_bounds
+from onnxslim_lab.targets.qdq import constant_or_fill
 
 BYTES = (TensorProto.UINT8, TensorProto.INT8)
 
@@ -108,24 +109,14 @@ def is_single(graph: Graph, operand: Operand) -> bool:
     found = graph.constant_type(operand.scale)
     if found is None or found[0] != TensorProto.FLOAT or operand.block:
         return False
-    return int(np.prod(found[1])) == 1 and (not operand.zero or _filled(graph, operand.zero) is not None)
-
-
-def _filled(graph: Graph, name: str) -> Array | None:
-    """Return a constant, or what ConstantOfShape makes of a constant shape."""
-    scope = graph.scope_of(name)
-    node = scope.producer(name) if scope else None
-    if scope is None or node is None or not is_op(node, "ConstantOfShape"):
-        return graph.constant(name)
-    shape, value = scope.constant(node.input[0]), attribute(node, "value")
-    if shape is None or value is None:
-        return None
-    return np.full(shape.astype(int).tolist(), numpy_helper.to_array(value).reshape(()))
+    return int(np.prod(found[1])) == 1 and (
+        not operand.zero or constant_or_fill(graph, operand.zero) is not None
+    )
 
 
 def zero_of(graph: Graph, operand: Operand) -> Array:
     """Return the constant zero points of an operand, 0 when it names none."""
-    found = _filled(graph, operand.zero) if operand.zero else None
+    found = constant_or_fill(graph, operand.zero) if operand.zero else None
     return np.zeros((), np.int32) if found is None else found.astype(np.int32)
 
 
@@ -149,7 +140,7 @@ def misfit(graph: Graph, x: Operand, w: Operand) -> str:
         if operand.block:
             return "its scales differ by block"
         found = graph.constant_type(operand.scale)
-        if found is None or (operand.zero and _filled(graph, operand.zero) is None):
+        if found is None or (operand.zero and constant_or_fill(graph, operand.zero) is None):
             return "its scales or zero points are computed"
         if found[0] != TensorProto.FLOAT:
             return "it computes in float16, and operators on codes in float32"

@@ -156,7 +156,8 @@ class Plan:
             for planned, layer in found:
                 self._write_layer(writer, planned, layer, stored, outcome)
             writer.write_activations()
-            write_sums(placed.graph, [layer for planned, layer in found if planned.name in self.summed])
+            summed = [(planned.name, layer) for planned, layer in found if planned.name in self.summed]
+            write_sums(placed.graph, summed, outcome)
         if self.scheme.profile.is_onnxruntime:
             for part in graph.walk():
                 keep_float(part)
@@ -298,7 +299,7 @@ class Plan:
                 weights=(layer.weight,),
                 bytes_before=before,
                 bytes_after=codes.size * grid.kind.bits // 8,
-                detail={"macs": planned.macs or 0},
+                detail={"macs": planned.macs or 0, "bits": grid.kind.bits},
             )
         )
 

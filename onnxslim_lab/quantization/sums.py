@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
+from onnxslim_lab.base import Outcome
 from onnxslim_lab.graph import Graph, attribute
 from onnxslim_lab.layers import Layer
 from onnxslim_lab.quantization.operator_layers import LayerWriter
@@ -18,11 +19,13 @@ from onnxslim_lab.quantization.placement import fused_output, place
 from onnxslim_lab.targets.model import Operator
 
 
-def write_sums(graph: Graph, layers: Iterable[Layer]) -> None:
-    """Write Conv layers between codes and float as ConvInteger; those whose result is quantized stay."""
+def write_sums(graph: Graph, layers: Iterable[tuple[str, Layer]], outcome: Outcome) -> None:
+    """Write named Conv layers between codes and float as ConvInteger; those it cannot take are refused."""
     writer = LayerWriter(graph, Counter(), microsoft=False)
-    for layer in layers:
-        writer.layer(layer.node)
+    for name, layer in layers:
+        reason = writer.layer(layer.node)
+        if reason:
+            outcome.refuse(name, f"no float sums: {reason}")
 
 
 def summable(graph: Graph, layers: Sequence[Layer], operators: Mapping[str, Operator]) -> list[Layer]:

@@ -14,6 +14,8 @@ from onnxslim_lab.passes.quantize import Quantize
 from onnxslim_lab.quantization.plan import Plan
 from onnxslim_lab.quantization.planning import scheme_of
 from onnxslim_lab.quantization.static import plan_static
+from onnxslim_lab.quantization.weight_codes import decode_codes
+from onnxslim_lab.quantization.weight_fill import spread_fills
 from onnxslim_lab.selection import matches
 from onnxslim_lab.worker.messages import Value
 
@@ -96,7 +98,10 @@ def variants_of(
     """
     made: PlanVariants | StepVariants | None
     if isinstance(step, Quantize) and step.mode == "static":
-        planned = plan_static(model.copy(), step, scheme_of(step), context, Outcome())
+        prepared = model.copy()
+        spread_fills(prepared)
+        decode_codes(prepared)
+        planned = plan_static(prepared, step, scheme_of(step), context, Outcome())
         made = None if planned is None else PlanVariants(planned.plan)
     else:
         made = StepVariants(model, step, context, feed)

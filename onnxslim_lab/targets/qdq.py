@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from onnx import NodeProto, TensorProto
+from onnx import NodeProto, TensorProto, numpy_helper
 
 from onnxslim_lab.graph import Graph, attribute, domain_of, is_op
 from onnxslim_lab.quantization.types import QUANT_TYPES, QuantType
@@ -80,11 +80,24 @@ class Parameters:
         )
 
 
+def constant_or_fill(graph: Graph, name: str) -> npt.NDArray[Any] | None:
+    """Return a constant, or what ConstantOfShape makes of a constant shape; None when it is computed."""
+    scope = graph.scope_of(name)
+    node = scope.producer(name) if scope else None
+    if scope is None or node is None or not is_op(node, "ConstantOfShape"):
+        return graph.constant(name)
+    shape, value = scope.constant(node.input[0]), attribute(node, "value")
+    if shape is None:
+        return None
+    filler = np.zeros((), np.float32) if value is None else numpy_helper.to_array(value).reshape(())
+    return np.full(shape.astype(int).tolist(), filler)
+
+
 def parameters(graph: Graph, node: NodeProto) -> Parameters:
     """Return what a Q or DQ node of the graph quantizes with."""
     zero_name = node.input[2] if len(node.input) > 2 else ""
-    scale = graph.constant(node.input[1])
-    zero = graph.constant(zero_name) if zero_name else None
+    scale = constant_or_fill(graph, node.input[1])
+    zero = constant_or_fill(graph, zero_name) if zero_name else None
     sized = scale is not None and scale.ndim > 0 and scale.size > 1
     if zero is not None:
         zero = zero.astype(
