@@ -14,7 +14,6 @@ from onnxslim_lab.base import Change, Context, Outcome, Pass
 from onnxslim_lab.errors import ParameterError
 from onnxslim_lab.floats import Array, kth_magnitude
 from onnxslim_lab.graph import Graph
-from onnxslim_lab.second_order.choose import Pattern
 from onnxslim_lab.second_order.magnitude import (
     count_nonzeros,
     fraction_of_rows,
@@ -26,6 +25,7 @@ from onnxslim_lab.second_order.magnitude import (
     zero_upto,
     zeros_wanted,
 )
+from onnxslim_lab.second_order.patterns import Pattern
 from onnxslim_lab.second_order.pruning import Plan as LossPlan
 from onnxslim_lab.second_order.pruning import Refit, measurable, prune_by_loss
 from onnxslim_lab.selection import Overrides, Patterns, Target, find_targets
@@ -44,7 +44,8 @@ class Prune(Pass):
     with one inverse Hessian for all rows); fractions are then taken of the loss relative to the output's
     variance, so that one threshold serves all layers. `refit` makes the loss good afterwards by least
     squares on the weights and biases that are left: of each layer by itself ("layer"), or layer after
-    layer against the original model ("network"). Sources: onnxslim_lab.second_order.
+    layer against the original model ("network"): what a residual stream beside a layer has lost, the
+    layer makes good too. Sources: onnxslim_lab.second_order.
 
     `scope` says what the fraction is taken of: "global" all selected layers together, "layer" each
     weight, "row" each output row of its matrix. Exactly round(sparsity * n) weights are zero

@@ -7,12 +7,13 @@ from hypothesis import strategies as st
 
 from onnxslim_lab.second_order import obs
 from onnxslim_lab.second_order.blocked import compensators, prune_blocked, static_scores
-from onnxslim_lab.second_order.choose import Pattern, by_pattern, cheapest, removed_in_wide
 from onnxslim_lab.second_order.network import wanted
 from onnxslim_lab.second_order.obs import damped, eliminate, eliminate_blocks, output_loss, refit
+from onnxslim_lab.second_order.patterns import Pattern, by_pattern, cheapest
 from onnxslim_lab.second_order.pruning import _cheapest_of_all
 from onnxslim_lab.second_order.repair import Moments
 from onnxslim_lab.second_order.threads import in_parallel
+from onnxslim_lab.second_order.wide import removed_in_wide
 from onnxslim_lab.statistics import Gram
 
 
@@ -50,6 +51,24 @@ def test_elimination_is_the_dense_formula(seed, groups, columns):
         place = group * 3 + row
         assert found.order[place].tolist() == order
         np.testing.assert_allclose(found.loss[place], losses, rtol=1e-6, atol=1e-9 * max(losses))
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), columns=st.integers(3, 14), part=st.floats(0.2, 0.8))
+def test_the_weights_left_are_those_of_the_dense_formula(seed, columns, part):
+    weights, gram = layer(seed, 1, 3, columns)
+    steps, hessian = round(part * columns), damped(gram, 1e-6)[0]
+    mask = np.ones(weights.shape, bool)
+    np.put_along_axis(mask[0], eliminate(weights, gram, steps=steps).order, False, axis=1)
+    found = refit(weights, mask, gram)
+    for row in range(3):
+        plain, left = weights[0, row].copy(), list(range(columns))
+        for _ in range(steps):
+            inverse = np.linalg.inv(hessian[np.ix_(left, left)])
+            at = int((plain[left] ** 2 / np.diagonal(inverse)).argmin())
+            plain[left] -= plain[left[at]] / inverse[at, at] * inverse[:, at]
+            plain[left.pop(at)] = 0
+        np.testing.assert_allclose(found[0, row], plain, rtol=1e-6, atol=1e-6 * np.abs(plain).max())
 
 
 def test_elimination_over_several_blocks_of_steps_is_the_dense_formula():

@@ -5,26 +5,24 @@ A layer's inputs are taken from the model as pruned so far, the outputs that it 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from onnxslim_lab.graph import Graph
 from onnxslim_lab.layers import Layer, layer_of
 from onnxslim_lab.low_rank.bases import shrinkage
-from onnxslim_lab.second_order.choose import Pattern, removal_losses, removed_in_wide, too_wide
+from onnxslim_lab.modelfile import LARGEST_PROTO
+from onnxslim_lab.second_order.choose import removal_losses
+from onnxslim_lab.second_order.frontier import Frontier
+from onnxslim_lab.second_order.landing import Landing
 from onnxslim_lab.second_order.obs import Doubles, Mask, damped
-from onnxslim_lab.second_order.repair import Array, Moments, moments, repaired
+from onnxslim_lab.second_order.patterns import Pattern
+from onnxslim_lab.second_order.repair import Array, Moments, moments, paired, repaired
+from onnxslim_lab.second_order.wide import removed_in_wide, too_wide
 from onnxslim_lab.statistics import Calibration, Gram
-
-
-@dataclass(frozen=True)
-class Bias:
-    """A layer's own constant bias as (groups, out)."""
-
-    read: Callable[[], Doubles]
-    write: Callable[[Doubles], None]
+from onnxslim_lab.statistics.calibration import gram_input
+from onnxslim_lab.statistics.gathering import arrangement
 
 
 def twin(original: Graph, layer: Layer) -> Layer | None:
@@ -40,41 +38,74 @@ def twin(original: Graph, layer: Layer) -> Layer | None:
     return None
 
 
-def fitted(
-    layer: Layer,
-    other: Layer,
-    gone: Mask | None,
-    pattern: Pattern,
-    calibration: Calibration,
-    *,
-    damping: float,
-) -> Array:
-    """Return a layer's new weights in the stored layout; its bias is updated in the model.
+class Network:
+    """The layers of a model refitted one after the other, in graph order.
 
     Args:
-        layer: In the model as pruned so far.
-        other: Its counterpart in the original.
-        gone: True where weights go; None to choose them by the pattern, from the inputs as they are now.
-        pattern: Which weights go together.
+        original: The model as it was.
+        model: The model as it is pruned.
         calibration: The data.
+        pattern: Which weights go together.
         damping: Part of the mean energy of an input that is added to the Gram matrix; more where there are few
             rows for so many inputs.
+        folder: An empty folder for the values between two layers.
     """
-    matrix = np.asarray(layer.matrix, np.float64)
-    bias = own_bias(layer)
-    before = None if bias is None else bias.read()
-    found = moments(calibration, layer, other)
-    damping = max(damping, shrinkage(int(found.own[0, -1, -1]), matrix.shape[2]))
-    if gone is None or (too_wide(matrix.shape[2]) and pattern.block == 1):
-        goal, gram = wanted(matrix, before, found, damping)
-        if too_wide(matrix.shape[2]):
-            gone = removed_in_wide(goal, gram, gone, pattern, damping)
-        else:
-            gone = np.isfinite(removal_losses(goal, gram, "obs", pattern, damping))
-    result, shifted = repaired(matrix, before, ~gone, found, damping=damping)
-    if bias is not None and shifted is not None:
-        bias.write(shifted)
-    return layer.with_matrix(result)
+
+    def __init__(
+        self,
+        original: Graph,
+        model: Graph,
+        calibration: Calibration,
+        pattern: Pattern,
+        damping: float,
+        folder: Path,
+    ) -> None:
+        self.original = original
+        self._calibration = calibration
+        self._pattern = pattern
+        self._damping = damping
+        self._frontiers = tuple(Frontier(graph, calibration, folder) for graph in (model, original))
+        self._last: tuple[object, Moments] | None = None  # query, key and value read the same input
+
+    def fitted(self, layer: Layer, other: Layer, gone: Mask | None) -> Array:
+        """Return a layer's new weights in the stored layout; its bias is updated in the model.
+
+        Args:
+            layer: In the model as pruned so far.
+            other: Its counterpart in the original.
+            gone: True where weights go; None to choose them by the pattern, from the inputs as they are now.
+        """
+        matrix = np.asarray(layer.matrix, np.float64)
+        columns = matrix.shape[2]
+        place = Landing.of(layer)
+        bias = None if place.bias is None else place.bias.read()
+        found = self._moments(layer, other, place)
+        damping = max(self._damping, shrinkage(int(found.own[0, -1, -1]), columns))
+        if gone is None or (too_wide(columns) and self._pattern.block == 1):
+            goal, gram = wanted(matrix, bias, found, damping)
+            if too_wide(columns):
+                gone = removed_in_wide(goal, gram, gone, self._pattern, damping)
+            else:
+                gone = np.isfinite(removal_losses(goal, gram, "obs", self._pattern, damping))
+        result, shifted = repaired(matrix, bias, ~gone, found, damping=damping)
+        if place.bias is not None and shifted is not None:
+            place.bias.write(shifted)
+        return layer.with_matrix(result)
+
+    def _moments(self, layer: Layer, other: Layer, place: Landing) -> Moments:
+        key = None if place.added else (gram_input(layer), gram_input(other), arrangement(layer))
+        if self._last is None or key is None or self._last[0] != key:
+            added = place.added if self.original.scope_of(place.added) is self.original else ""
+            self._last = None  # before the next matrices are made
+            if self.original.file_bytes() > LARGEST_PROTO:
+                self._last = key, moments(self._calibration, layer, other, added=added)
+            else:
+                mine, theirs = (
+                    frontier.advance(one.node, [gram_input(one), *([added] if added else [])])
+                    for frontier, one in zip(self._frontiers, (layer, other), strict=True)
+                )
+                self._last = key, paired(mine, theirs, layer, other, added=added)
+        return self._last[1]
 
 
 def wanted(matrix: Doubles, bias: Doubles | None, found: Moments, damping: float) -> tuple[Doubles, Gram]:
@@ -84,11 +115,13 @@ def wanted(matrix: Doubles, bias: Doubles | None, found: Moments, damping: float
     weights from the result costs what it costs with the best bias.
     """
     own = found.own[:, :-1, :-1]
-    goal = matrix @ found.cross[:, :-1, :-1]
+    moved = 0.0 if found.moved is None else found.moved
+    meant = matrix @ found.cross[:, :-1] + moved
+    goal = meant[..., :-1]
     total, count = found.own[:, -1, :-1], float(found.own[:, -1, -1].max())
     if bias is not None and count:
         goal = goal + bias[..., None] * total[:, None, :]
-        sums = matrix @ found.cross[:, :-1, -1:] + bias[..., None] * count
+        sums = meant[..., -1:] + bias[..., None] * count
         goal = goal - sums * (total / count)[:, None, :]
         own = own - np.einsum("gi,gj->gij", total, total) / count
         total = np.zeros_like(total)
@@ -96,32 +129,3 @@ def wanted(matrix: Doubles, bias: Doubles | None, found: Moments, damping: float
     goal = goal + matrix @ (hessian - own)
     dense = np.linalg.solve(hessian, goal.swapaxes(1, 2)).swapaxes(1, 2)
     return np.ascontiguousarray(dense), Gram(own, total, int(count))
-
-
-def own_bias(layer: Layer) -> Bias | None:
-    """Return the bias of a Conv or Gemm that nothing else reads and that has one value for each output."""
-    name = layer.bias
-    groups, outputs, _ = layer.shape
-    if name is None or layer.op_type not in ("Conv", "Gemm") or layer.kind.scale != 1.0:
-        return None
-    values = layer.graph.constant(name)
-    home = layer.graph.scope_of(name)
-    if values is None or home is not layer.graph or layer.graph.use_count(name) != 1:
-        return None
-    if (
-        values.size != groups * outputs
-        or values.shape[-1:] != (values.size,)
-        or getattr(layer.kind, "left", False)
-    ):
-        return None
-    scale = float(getattr(layer.kind, "beta", 1.0))
-    if not scale:
-        return None
-
-    def read() -> Doubles:
-        return np.asarray(values, np.float64).reshape(groups, outputs) * scale
-
-    def write(new: Doubles) -> None:
-        layer.graph.set_constant(name, (new / scale).reshape(values.shape).astype(values.dtype))
-
-    return Bias(read, write)

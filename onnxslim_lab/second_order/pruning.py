@@ -15,18 +15,12 @@ from onnxslim_lab.base import Outcome, Progress
 from onnxslim_lab.floats import blocks, kth_magnitude, magnitude_bits
 from onnxslim_lab.graph import Graph
 from onnxslim_lab.layers import Layer
-from onnxslim_lab.second_order.choose import (
-    EXACT,
-    Criterion,
-    Pattern,
-    cheapest,
-    compensate_wide,
-    output_energy,
-    removal_losses,
-    removed_in_wide,
-)
-from onnxslim_lab.second_order.network import fitted, twin
+from onnxslim_lab.low_rank.bases import shrinkage
+from onnxslim_lab.second_order.choose import Criterion, output_energy, removal_losses
+from onnxslim_lab.second_order.network import Network, twin
 from onnxslim_lab.second_order.obs import Mask, output_loss, refit
+from onnxslim_lab.second_order.patterns import Pattern, cheapest
+from onnxslim_lab.second_order.wide import compensate_wide, removed_in_wide, too_wide
 from onnxslim_lab.selection import Target
 from onnxslim_lab.statistics import Calibration, Gram
 from onnxslim_lab.statistics.calibration import gram_input
@@ -82,15 +76,18 @@ def prune_by_loss(
     """Yield each target pruned, in graph order; biases are updated in the model as it goes.
 
     The caller writes each result into the model before it takes the next: with refit "network" the next
-    layer's inputs depend on it. Two passes over the data with refit "layer"; with "network" one more for
-    each layer. Losses are kept in a scratch file, one Gram matrix group in memory at a time.
+    layer's inputs depend on it. Two passes over the data with refit "layer"; with "network" two more, in which
+    the model runs layer by layer. Losses, and values between layers, are kept in scratch files; one Gram
+    matrix group is in memory at a time.
     """
     original = model.copy() if plan.refit == "network" else model
     with tempfile.TemporaryDirectory(prefix="onnxslim_lab-") as folder:
         now = [target for target in targets if not _later(original, target, plan)]
         chosen = zip(now, _masks(model, now, plan, calibration, progress, Path(folder)), strict=True)
         masks = {id(target): mask for target, mask in chosen}
-        grams = None
+        grams, network = None, None
+        if calibration is not None and plan.refit == "network":
+            network = Network(original, model, calibration, plan.pattern, plan.damping, Path(folder))
         if calibration is not None and plan.refit == "layer":
             grams = target_grams(model, targets, calibration)
         for number, target in enumerate(targets):
@@ -103,7 +100,7 @@ def prune_by_loss(
                 kept = np.where(mask, matrix.dtype.type(0), matrix)
                 yield Pruned(target, target.layer.with_matrix(kept), float("nan"))
             else:
-                yield _refitted(original, target, mask, gram, plan, calibration)
+                yield _refitted(network, target, mask, gram, plan, calibration)
 
 
 def target_grams(model: Graph, targets: Sequence[Target], calibration: Calibration) -> Iterator[Gram]:
@@ -133,7 +130,7 @@ def _masks(
     for number, target in enumerate(targets):
         progress(number, len(targets), f"losses of {target.where}")
         gram, matrix = None if grams is None else next(grams), target.layer.matrix
-        found = removal_losses(matrix, gram, plan.criterion, plan.pattern, plan.damping)
+        found = removal_losses(matrix, gram, plan.criterion, plan.pattern, _damping(plan, gram, matrix))
         relative = found if gram is None else found / output_energy(matrix, gram)
         kept = np.lib.format.open_memmap(
             folder / f"{number}.npy", "w+", dtype=np.float32, shape=relative.shape
@@ -188,7 +185,7 @@ def _cheapest_of_all(losses: Sequence[Array], fraction: float) -> Iterator[Mask]
 
 
 def _refitted(
-    original: Graph,
+    network: Network | None,
     target: Target,
     gone: Mask | None,
     gram: Gram | None,
@@ -197,24 +194,29 @@ def _refitted(
 ) -> Pruned:
     """Return one target with the weights that go removed and the others refitted."""
     layer = target.layer
-    other = _twin(original, layer, plan)
-    if other is not None:
-        values = fitted(layer, other, gone, plan.pattern, calibration, damping=plan.damping)
-        return Pruned(target, values, float("nan"))
+    other = None if network is None else _twin(network.original, layer, plan)
+    if network is not None and other is not None:
+        return Pruned(target, network.fitted(layer, other, gone), float("nan"))
     assert gone is not None
     matrix = np.asarray(layer.matrix, np.float64)
     if gram is None:
         gram = next(target_grams(layer.graph.root, [target], calibration))
     if not gram.full:
         return Pruned(target, layer.with_matrix(np.where(gone, 0.0, matrix)), float("nan"))
-    if matrix.shape[2] > EXACT and plan.pattern.block == 1 and plan.criterion == "obs":
-        gone = removed_in_wide(matrix, gram, gone, plan.pattern, plan.damping)
+    damping = _damping(plan, gram, matrix)
+    if too_wide(matrix.shape[2]) and plan.pattern.block == 1 and plan.criterion == "obs":
+        gone = removed_in_wide(matrix, gram, gone, plan.pattern, damping)
     if matrix.shape[2] > WIDEST:
-        result = compensate_wide(matrix, gram, gone, plan.damping)
+        result = compensate_wide(matrix, gram, gone, damping)
     else:
-        result = refit(matrix, ~gone, gram.xtx, damping=plan.damping)
+        result = refit(matrix, ~gone, gram.xtx, damping=damping)
     error = float(output_loss(result - matrix, gram.xtx).sum()) / output_energy(matrix, gram)
     return Pruned(target, layer.with_matrix(result), error)
+
+
+def _damping(plan: Plan, gram: Gram | None, matrix: Array) -> float:
+    """Return the damping, more where there are few rows for so many inputs."""
+    return plan.damping if gram is None else max(plan.damping, shrinkage(gram.count, matrix.shape[2]))
 
 
 def _twin(original: Graph, layer: Layer, plan: Plan) -> Layer | None:
