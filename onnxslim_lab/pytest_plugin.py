@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from onnxslim_lab.gate.config import Budgets
     from onnxslim_lab.gate.result import BudgetResult, GateReport
 
 _OPTIONS = {
@@ -63,6 +62,7 @@ class GateFile(pytest.File):
     def collect(self) -> Iterator[pytest.Item]:
         """Yield a test for each budget, and one for what is judged always."""
         from onnxslim_lab.gate.config import GateConfig, GateConfigError  # noqa: PLC0415 - see above
+        from onnxslim_lab.gate.keys import budget_prefixes  # noqa: PLC0415
 
         try:
             budgets = GateConfig.load(self.path).budgets
@@ -148,30 +148,6 @@ class BudgetItem(pytest.Item):
     def reportinfo(self) -> tuple[Path, None, str]:
         """Return where it comes from."""
         return self.path, None, f"budget {self.name}"
-
-
-def budget_prefixes(budgets: Budgets) -> tuple[str, ...]:
-    """Return what the keys of the verdicts on each configured budget begin with.
-
-    >>> from onnxslim_lab.gate.config import Budgets
-    >>> budget_prefixes(Budgets(file_bytes=10, metrics=({"name": "top1", "drop": 0.1},), finite=True))
-    ('metrics.top1', 'file_bytes', 'finite')
-    """
-    found: dict[str, None] = {}
-    defaults = type(budgets)()
-    for key in type(budgets).model_fields:
-        value = getattr(budgets, key)
-        if value == getattr(defaults, key):
-            continue
-        if key == "metrics":
-            found |= dict.fromkeys(f"metrics.{item.name}" for item in value)
-        elif key == "output_error":
-            found |= dict.fromkeys(
-                "output_error" if item.output == "*" else f"output_error.{item.output}" for item in value
-            )
-        else:
-            found[key] = None
-    return tuple(found)
 
 
 def _is_under(budget: str, prefix: str) -> bool:

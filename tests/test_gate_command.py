@@ -7,11 +7,13 @@ import sys
 import numpy as np
 import onnx
 import pytest
+import typer
 from gate_reports import junit_schema, sarif_schema
 from lxml import etree
 from onnx import helper, numpy_helper
+from typer.testing import CliRunner
 
-from onnxslim_lab.cli import main
+from onnxslim_lab.cli import app, main
 from onnxslim_lab.gate.result import EXIT_CODES
 
 HOSTILE = "a|b<script>\n::error::x%"
@@ -136,3 +138,15 @@ def test_help_lists_every_exit_code(folder, run):
     text = run("--help").out
     for code in EXIT_CODES.values():
         assert f"\n  {code}  " in text
+
+
+@pytest.mark.parametrize("command", sorted(typer.main.get_command(app).commands))
+def test_help_shows_examples_as_lines(command):
+    shown = CliRunner().invoke(app, [command, "--help"]).output
+    assert "\\b" not in shown
+    assert "\b" not in shown
+
+
+def test_the_example_and_the_schema_need_no_model(folder, run):
+    assert "file_bytes: 5MB" in run("--example").out
+    assert json.loads(run("--schema").out)["title"] == "GateConfig"

@@ -2,12 +2,16 @@
 
 import doctest
 import importlib
+import json
 import pkgutil
 
+import jsonschema
 import pytest
 
 import onnxslim_lab.gate
-from onnxslim_lab.gate.config import GateConfig, GateConfigError, find_config, read_size
+from onnxslim_lab.gate.budgets import Budgets, read_size
+from onnxslim_lab.gate.config import GateConfig, GateConfigError, find_config
+from onnxslim_lab.gate.example import example_config, schema
 
 GOOD = {
     "confidence": 0.99,
@@ -80,6 +84,11 @@ BAD = {
     "key 'version'": {"version": 2, "budgets": {"finite": True}},
     "must be a mapping": ["budgets"],
     "no type 'flaot'; did you mean 'float'": {"budgets": {"dtypes": ["flaot"]}},
+    "no operator 'Konv'; did you mean 'Conv'": {"budgets": {"operators": ["Konv"]}},
+    "key 'budgets.opset': give least, most, or both in this order": {
+        "budgets": {"opset": {"least": 20, "most": 13}}
+    },
+    "key 'budgets.metrics': Input should be a list": {"budgets": {"metrics": {"name": "top1", "drop": 0.1}}},
     "onnxruntime-x68": {"budgets": {"target": "onnxruntime-x68"}},
 }
 
@@ -111,6 +120,13 @@ def test_broken_files(tmp_path):
     other.write_text("a = = 1")
     with pytest.raises(GateConfigError, match="not valid TOML"):
         GateConfig.load(other)
+
+
+def test_the_example_has_every_budget_and_loads(tmp_path):
+    (tmp_path / "gate.yaml").write_text(example_config())
+    budgets = GateConfig.load(tmp_path / "gate.yaml").budgets
+    assert [key for key in Budgets.model_fields if getattr(budgets, key) == getattr(Budgets(), key)] == []
+    jsonschema.Draft202012Validator.check_schema(json.loads(schema()))
 
 
 def test_sizes():

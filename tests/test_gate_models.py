@@ -7,7 +7,7 @@ from onnx import helper, numpy_helper
 
 from onnxslim_lab import Dataset
 from onnxslim_lab.engine import optimize
-from onnxslim_lab.errors import DataError
+from onnxslim_lab.errors import DataError, ParameterError
 from onnxslim_lab.gate.config import GateConfig
 from onnxslim_lab.gate.lock import Lock, LockError
 from onnxslim_lab.gate.run import run_gate
@@ -302,6 +302,55 @@ def test_budgets_of_the_file(lenet, digits, runner, tmp_path):
     assert {key: found[key].status for key in expected} == expected
     assert "1 byte" in found["file_bytes"].cause
     assert "'/Flatten'" in found["operators"].cause
+
+
+@pytest.mark.parametrize(
+    ("steps", "quantized", "pruned"),
+    [
+        (["prune:sparsity=0.9", "share:bits=4", "encode"], (1.0, 1.0), (0.9, 0.92)),
+        (["prune:sparsity=0.9", "encode"], (0.0, 0.0), (0.9, 0.9)),
+        (["quantize:mode=weight-only,weights=uint4,granularity=block"], (1.0, 1.0), (0.05, 0.2)),
+        (["quantize:format=qdq"], (1.0, 1.0), (0.0, 0.05)),
+        (["quantize:format=qoperator"], (1.0, 1.0), (0.0, 0.05)),
+    ],
+)
+def test_weights_count_however_the_file_stores_them(zoo, digits, runner, tmp_path, steps, quantized, pruned):
+    data = Dataset(digits.feeds[:16], None, "mnist")
+    made = optimize(
+        zoo("lenet5"), tmp_path / "small.onnx", steps=["simplify", *steps], data=data, runner=runner
+    )
+    budgets = {
+        "coverage": {"quantized": 0.5, "pruned": 0.5},
+        "parameters": 431_080 + 600,  # LeNet-5's, and some scales
+        "macs": 2_293_000,
+    }
+    found = verdicts(judge(made.files.paths[0], zoo("lenet5"), data, runner, **budgets))
+    assert found["parameters"].status == found["macs"].status == "pass"
+    assert found["parameters"].observed >= 430_500
+    assert found["macs"].observed == 2_293_000
+    assert quantized[0] <= found["coverage.quantized"].observed <= quantized[1]
+    assert pruned[0] <= round(found["coverage.pruned"].observed, 4) <= pruned[1]
+
+
+def test_a_candidate_that_does_not_load_leaves_no_budget_out(lenet, digits, runner, tmp_path):
+    (tmp_path / "cut.onnx").write_bytes(lenet.read_bytes()[:100_000])
+    report = judge(
+        tmp_path / "cut.onnx", lenet, digits, runner, **QUALITY, file_bytes=1, coverage={"pruned": 0.1}
+    )
+    found = verdicts(report)
+    assert report.exit_code == 10
+    assert "truncated" in found["runs"].cause
+    expected = {"metrics.top1", "agreement", "output_error", "finite", "signature", "dynamic_axes"}
+    assert set(found) == {"runs", "file_bytes", "coverage", *expected}
+    assert {item.status for key, item in found.items() if key != "runs"} == {"undecided"}
+
+
+def test_what_a_configuration_asks_of_the_baseline_must_be_there(lenet, runner, tmp_path):
+    same = edited(lenet, tmp_path / "same.onnx")
+    with pytest.raises(DataError, match="metric top1 needs labels, which random data has not: give --data"):
+        judge(same, lenet, None, runner, metrics=[{"name": "top1", "drop": 0.1}])
+    with pytest.raises(ParameterError, match="no output 'logit'; did you mean 'logits'"):
+        judge(same, lenet, None, runner, output_error=[{"output": "logit", "relative": 0.1}])
 
 
 def test_lock_file_flags_a_drift(lenet, digits, runner, tmp_path):

@@ -1,6 +1,7 @@
 import json
 import re
 
+import measured_reports
 import pytest
 import report_pages
 from lxml import html
@@ -266,3 +267,36 @@ def test_provenance_is_read_from_the_model(tmp_path):
     assert "not measured" not in found
     with pytest.raises(LabError, match="give the file that optimize wrote"):
         read_sources(path, model=tmp_path / "plain.onnx")
+
+
+@pytest.fixture(scope="module")
+def measured(zoo, tmp_path_factory):
+    import zoo as models
+    from conftest import real
+
+    _, _, images, labels = real(models.mnist)
+    return measured_reports.measure(
+        tmp_path_factory.mktemp("measured"), zoo("lenet5"), images[:100], labels[:100]
+    )
+
+
+def test_what_the_commands_write_fills_the_page(measured):
+    tree = page(measured_reports.sources(measured))
+    assert not [place for place in tree.iter() if "not measured" in (place.text or "") and place.tag == "em"]
+    budgets = rows(tree, "gate-table")
+    assert [row[1].split()[-1] for row in budgets[:2]] == ["fail", "undecided"], "what failed comes first"
+    assert budgets[0][0] == "operators"
+    summary = section(tree, "summary")
+    assert "operator QuantizeLinear" in summary
+    assert "more samples" in summary
+    layers = rows(tree, "layer-table")
+    assert [row[0].split()[0] for row in layers[:4]] == [
+        "/conv1/Conv",
+        "/conv2/Conv",
+        "/fc1/Gemm",
+        "/fc2/Gemm",
+    ]
+    assert {row[4] for row in layers[:4]} == {"8"}, "bits of the codes"
+    assert "SHA-256 of the result's weights" in section(tree, "provenance")
+    for name in ("comparison", "gate", "bench", "sensitivity"):
+        assert section(page(read_sources(measured[name])), "summary")

@@ -1,13 +1,14 @@
-"""The report page in headless Chromium: skipped where there is none, unless ONNXSLIM_LAB_BROWSER asks for it.
+"""The report page in headless Chromium, found by itself where it is installed, else skipped with the reason.
 
-ONNXSLIM_LAB_BROWSER is the path of Chromium, or 1 to look for it; chromedriver must be on the PATH (Debian:
-`apt install chromium chromium-driver`). Neither can come from a Python package.
+ONNXSLIM_LAB_BROWSER, the path of Chromium or 1, makes its absence a failure; chromedriver must be on the PATH
+(Debian: `apt install chromium chromium-driver`). Neither can come from a Python package.
 """
 
 import os
 import shutil
 from pathlib import Path
 
+import measured_reports
 import pytest
 import report_pages
 
@@ -101,6 +102,27 @@ def test_loads_without_errors_or_network(driver, show, name, charts):
     assert not [url for url in fetched if not url.startswith(("data:", "blob:"))]
     drawn = driver.execute_script("return document.querySelectorAll('.chart .main-svg').length > 0")
     assert drawn == (charts == "drawn")
+
+
+def test_what_the_commands_write(driver, show, folder, zoo):
+    import zoo as models
+    from conftest import real
+
+    _, _, images, labels = real(models.mnist)
+    paths = measured_reports.measure(folder, zoo("lenet5"), images[:100], labels[:100])
+    (folder / "real.html").write_text(render(measured_reports.sources(paths)), encoding="utf-8")
+    assert show("real") == "drawn"
+    assert driver.get_log("browser") == []
+    sizes = "return [...document.querySelectorAll('#layer-table tbody tr')].map(row => row.cells[1].textContent.trim())"
+    assert driver.execute_script(sizes)[:4] == ["2,000", "100,000", "1,600,000", "20,000"]
+    header(driver, 2).find_element("tag name", "button").click()
+    assert driver.execute_script(sizes)[:4] == ["2,000", "20,000", "100,000", "1,600,000"]
+    driver.find_element("id", "gate-table-search").send_keys("undecided agreement")
+    assert first_cells(driver, "gate-table") == ["agreement.least"]
+    for width in (360, 1280):
+        show("real", width=width, height=700)
+        assert driver.execute_script("return document.documentElement.scrollWidth") <= width
+        assert driver.execute_script("return document.querySelectorAll('.chart .main-svg').length") >= 3
 
 
 def test_the_console_is_watched(driver, show):

@@ -1,5 +1,6 @@
 """sessions.py: values of every kind, crashes, time limits, memory, caching."""
 
+import json
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from onnxslim_lab.errors import DataError, ParameterError, SessionError
 from onnxslim_lab.graph import Graph
 from onnxslim_lab.sessions import Runner, SessionTooLarge
 from onnxslim_lab.worker.binding import pack, unpack
+from onnxslim_lab.worker.child import Child
 from onnxslim_lab.worker.messages import dtype_named
 
 SMALL = """<ir_version: 9, opset_import: ["" : 18]>
@@ -364,3 +366,28 @@ def test_the_parent_never_imports_onnxruntime():
         text=True,
     )
     assert done.stdout.strip() == "False"
+
+
+PROBE = """
+import json, pathlib, runpy, sys
+import numpy as np
+from threadpoolctl import threadpool_info
+np.ones((4, 4)) @ np.ones((4, 4))
+found = [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
+(pathlib.Path(sys.argv[1]).parent / "blas.json").write_text(json.dumps(found))
+runpy.run_module("onnxslim_lab.worker.main", run_name="__main__")
+"""
+
+
+def test_workers_run_blas_with_one_thread(tmp_path, monkeypatch):
+    (tmp_path / "blas_probe.py").write_text(PROBE)
+    (tmp_path / "private").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name in ("OPENBLAS", "MKL", "OMP"):
+        monkeypatch.setenv(f"{name}_NUM_THREADS", "2")
+    child = Child(tmp_path / "private", 60.0, "blas_probe")
+    child.close()
+    found = json.loads((tmp_path / "blas.json").read_text())
+    assert found, "no BLAS was loaded"
+    assert set(found) == {1}

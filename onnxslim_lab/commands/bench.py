@@ -30,7 +30,7 @@ def bench(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    r"""Time two models in turn and say which is faster, or that it cannot be told.
+    """Time two models in turn and say which is faster, or that it cannot be told.
 
     Each runs in a process of its own, the two in turn; the ratio of their medians has a 95 % confidence
     interval from a bootstrap over the pairs. When the result is slower, onnxruntime's profiler tells which
@@ -39,7 +39,7 @@ def bench(
     \b
     onnxslim-lab bench model.onnx small.onnx --dim batch=8
     onnxslim-lab bench model.onnx small.onnx --data calibration.npz --limit 4 --threads 4
-    """
+    """  # noqa: D301 - the help needs the real character
     from onnxslim_lab.bench import bench as measure  # noqa: PLC0415 - `--help` must not wait for numpy
     from onnxslim_lab.data import load_data  # noqa: PLC0415
     from onnxslim_lab.graph import Graph  # noqa: PLC0415

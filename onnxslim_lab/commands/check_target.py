@@ -31,7 +31,7 @@ def check_target(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    r"""Say what a target will not run, not fuse, or run slower than it could, and what to do.
+    """Say what a target will not run, not fuse, or run slower than it could, and what to do.
 
     For targets whose int8 products saturate (x86 without VNNI), --data shows which layers do and how
     often, computed with exact integers.
@@ -39,7 +39,7 @@ def check_target(
     \b
     onnxslim-lab check-target int8.onnx --target tensorrt
     onnxslim-lab check-target int8.onnx --target onnxruntime-x86 --data calibration.npz
-    """
+    """  # noqa: D301 - the help needs the real character
     from onnxslim_lab.data import load_data  # noqa: PLC0415 - `--help` must not wait for numpy
     from onnxslim_lab.graph import Graph  # noqa: PLC0415
     from onnxslim_lab.inputs.random_data import random_data  # noqa: PLC0415

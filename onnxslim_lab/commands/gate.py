@@ -25,6 +25,22 @@ from onnxslim_lab.errors import ParameterError, SaveError, quote, suggest
 _FORMATS = ("json", "junit", "sarif", "github", "summary", "gitlab")
 
 
+def _print_example(*, wanted: bool) -> None:
+    if wanted:
+        from onnxslim_lab.gate.example import example_config  # noqa: PLC0415 - `--help` must not wait for numpy
+
+        print_json(example_config().removesuffix("\n"))
+        raise typer.Exit
+
+
+def _print_schema(*, wanted: bool) -> None:
+    if wanted:
+        from onnxslim_lab.gate.example import schema  # noqa: PLC0415
+
+        print_json(schema())
+        raise typer.Exit
+
+
 def gate(
     candidate: Annotated[Path, typer.Argument(help="The .onnx file that is to ship.")],
     baseline: Annotated[Path, typer.Option("--baseline", "-b", help="The .onnx file it replaces.")],
@@ -68,6 +84,24 @@ def gate(
     threads: Threads = 0,
     quiet: Quiet = False,
     as_json: Json = False,
+    _example: Annotated[
+        bool,
+        typer.Option(
+            "--example",
+            is_eager=True,
+            callback=lambda value: _print_example(wanted=value),
+            help="Print a gate.yaml with every budget explained, and exit.",
+        ),
+    ] = False,
+    _schema: Annotated[
+        bool,
+        typer.Option(
+            "--schema",
+            is_eager=True,
+            callback=lambda value: _print_schema(wanted=value),
+            help="Print the JSON schema of gate.yaml, and exit.",
+        ),
+    ] = False,
 ) -> None:
     """Judge a candidate against its baseline by budgets: pass, fail or undecided, with the cause.
 
@@ -75,6 +109,7 @@ def gate(
     too little data never passes; it says how many more samples would decide.
 
     \b
+    onnxslim-lab gate --example > gate.yaml
     onnxslim-lab gate small.onnx --baseline model.onnx --config gate.yaml --data test.npz
     onnxslim-lab gate small.onnx -b model.onnx -o junit=gate.xml -o sarif=gate.sarif -o github=-
 

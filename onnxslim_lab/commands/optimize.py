@@ -82,7 +82,7 @@ def optimize(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    r"""Run passes over a model, verify each, and save a smaller plain .onnx.
+    """Run passes over a model, verify each, and save a smaller plain .onnx.
 
     Without --pass or --recipe it runs `simplify` and `encode`, which lose nothing.
 
@@ -90,7 +90,7 @@ def optimize(
     onnxslim-lab optimize model.onnx -o small.onnx
     onnxslim-lab optimize model.onnx -o small.onnx -p simplify -p prune:sparsity=0.8 -p share:bits=4 -p encode
     onnxslim-lab optimize model.onnx --recipe recipe.yaml --data calibration.npz --eval test.npz --metric top1 -o small.onnx
-    """
+    """  # noqa: D301 - the help needs the real character
     from onnxslim_lab import engine  # noqa: PLC0415 - `--help` must not wait for numpy and scikit-learn
     from onnxslim_lab.data import load_data  # noqa: PLC0415
     from onnxslim_lab.graph import Graph  # noqa: PLC0415

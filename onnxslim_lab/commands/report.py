@@ -24,7 +24,7 @@ def report(
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    r"""Write one HTML file with verdicts, bytes per step, layers, refusals and provenance.
+    """Write one HTML file with verdicts, bytes per step, layers, refusals and provenance.
 
     It needs no network: everything is inside. With a chart it takes about 2 MB, for plotly.js, compressed.
     What was not measured says so. Needs `pip install 'onnxslim-lab[report]'`.
@@ -32,7 +32,7 @@ def report(
     \b
     onnxslim-lab report run.json -o report.html
     onnxslim-lab report run.json --gate gate.json --bench bench.json --model small.onnx -o report.html
-    """
+    """  # noqa: D301 - the help needs the real character
     from onnxslim_lab.gate.writing import write_atomic  # noqa: PLC0415 - `--help` must not wait for numpy
     from onnxslim_lab.report_page import read_sources, render  # noqa: PLC0415
 

@@ -47,7 +47,7 @@ def sensitivity(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    r"""Rank layers by what quantizing each of them costs the outputs, with the cause and a remedy.
+    """Rank layers by what quantizing each of them costs the outputs, with the cause and a remedy.
 
     Every layer is quantized alone, and left out alone. Outputs that mix scales (boxes and scores) are judged
     slice by slice. Each remedy is a --pass line to use in `optimize`.
@@ -55,7 +55,7 @@ def sensitivity(
     \b
     onnxslim-lab sensitivity model.onnx --data calibration.npz
     onnxslim-lab sensitivity model.onnx --data calibration.npz -p equalize -p quantize:ranges=mse --json
-    """
+    """  # noqa: D301 - the help needs the real character
     from onnxslim_lab.data import load_data  # noqa: PLC0415 - `--help` must not wait for numpy
     from onnxslim_lab.graph import Graph  # noqa: PLC0415
     from onnxslim_lab.inputs.probe import runnable_data  # noqa: PLC0415

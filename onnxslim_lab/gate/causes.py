@@ -12,6 +12,7 @@ from onnxslim_lab.compare import first_divergence
 from onnxslim_lab.errors import LabError, quote
 from onnxslim_lab.gate.subject import Subject
 from onnxslim_lab.graph import Graph
+from onnxslim_lab.layers import find_layers
 from onnxslim_lab.metrics import Feed, OutputError, compare_outputs, flatten
 
 LARGE = 0.1  # relative difference at which an error has plainly begun
@@ -70,7 +71,7 @@ def _bad(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> int:
     """Count values that are NaN or infinite."""
     if array.dtype.kind not in "fcV" or "int" in array.dtype.name:
         return 0
-    wide = array if array.dtype.kind == "c" else array.astype(np.float64)
+    wide = array if array.dtype.kind in "fc" else array.astype(np.float32)
     return int(np.count_nonzero(~np.isfinite(wide)))
 
 
@@ -98,6 +99,24 @@ def first_nonfinite(subject: Subject) -> Found | None:
                 cause += ": float16 ends at 65504"
             return Found(cause, (node.name or name,))
     return Found(start, (output,))
+
+
+def poisoned_weight(subject: Subject) -> Found | None:
+    """Return the candidate's first layer whose weight holds NaN or Inf, where no layer of the baseline does."""
+    if next(_poisoned(subject.baseline), None) is not None:
+        return None
+    return next(_poisoned(subject.candidate), None)
+
+
+def _poisoned(model: Graph) -> Iterator[Found]:
+    for graph in model.walk():
+        for layer in find_layers(graph)[0]:
+            array = layer.weight_graph.constant(layer.weight)
+            if array is not None and (count := _bad(array)):
+                what = (
+                    f"weight {quote(layer.weight)} of {_named(layer.node)} holds NaN or Inf in {count} values"
+                )
+                yield Found(what, (layer.weight,))
 
 
 def _values(

@@ -10,14 +10,14 @@ from typing import Literal
 import numpy as np
 
 from onnxslim_lab.accuracy import Float64, Metric, find_metric
-from onnxslim_lab.errors import LabError, quote, suggest
+from onnxslim_lab.errors import LabError, ParameterError, quote, suggest
 from onnxslim_lab.evaluate import one_number, resampled
 from onnxslim_lab.gate import bounds
 from onnxslim_lab.gate.bounds import Judged
+from onnxslim_lab.gate.budgets import MetricBudget, OutputErrorBudget
 from onnxslim_lab.gate.causes import Found, explain
-from onnxslim_lab.gate.config import MetricBudget, OutputErrorBudget
 from onnxslim_lab.gate.paired import Counts
-from onnxslim_lab.gate.result import BudgetResult, number
+from onnxslim_lab.gate.result import BudgetResult, number, percent
 from onnxslim_lab.gate.subject import NotMeasured, Subject
 from onnxslim_lab.metrics import OutputError
 
@@ -168,7 +168,7 @@ def _verdict(
         status, needed = "undecided", max(config.minimum_samples, needed or 0)
     side = "upper" if more == (status == "fail") else "lower"
     text = f"{what}; {figure} {number(observed)}, limit {number(limit)}"
-    text += f", {side} {config.confidence:.4g} bound {number(judged.bound)} on {samples} samples"
+    text += f", {side} {percent(config.confidence)} bound {number(judged.bound)} on {samples} samples"
     if samples < config.minimum_samples:
         text += f": fewer than the {config.minimum_samples} samples that are the least; {needed:,} would do"
     elif status == "undecided":
@@ -196,7 +196,13 @@ def _verdict(
 
 def check_output_error(subject: Subject) -> Iterator[BudgetResult]:
     """Yield a verdict for each output and kind of error: the worst over all samples, so there is no bound."""
+    known = subject.baseline.outputs
     for budget in subject.config.budgets.output_error:
+        if budget.output != "*" and budget.output not in known:
+            hint = suggest(budget.output, known)
+            raise ParameterError(
+                f"budget output_error: the baseline has no output {quote(budget.output)}{hint}"
+            )
         try:
             errors = subject.errors
         except NotMeasured as error:
@@ -205,12 +211,7 @@ def check_output_error(subject: Subject) -> Iterator[BudgetResult]:
             continue
         names = list(errors) if budget.output == "*" else [budget.output]
         for name in names:
-            if name not in errors:
-                cause = f"no output {quote(name)}{suggest(name, errors)}"
-                key = f"output_error.{name}"
-                yield BudgetResult(budget=key, kind="quality", status="fail", cause=cause, where=(name,))
-            else:
-                yield from _errors(subject, budget, errors[name])
+            yield from _errors(subject, budget, errors[name])
 
 
 def _errors(subject: Subject, budget: OutputErrorBudget, error: OutputError) -> Iterator[BudgetResult]:
@@ -226,7 +227,7 @@ def _errors(subject: Subject, budget: OutputErrorBudget, error: OutputError) -> 
             continue
         broken = observed < limit if more else observed > limit
         cause = f"output {quote(error.name)}: {name} {number(observed, unit)}, limit {number(limit, unit)}, "
-        cause += f"{'least' if more and name != 'sqnr_db' else 'over'} of {samples} feeds"
+        cause += f"over all of {samples} feeds" if name == "sqnr_db" else f"the worst of {samples} feeds"
         status: Literal["pass", "fail", "undecided"] = "fail" if broken else "pass"
         where: tuple[str, ...] = ()
         if broken:

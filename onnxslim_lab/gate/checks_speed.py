@@ -9,7 +9,7 @@ import numpy as np
 
 from onnxslim_lab.errors import LabError
 from onnxslim_lab.gate.bounds import Judged, judge_median
-from onnxslim_lab.gate.result import BudgetResult, number
+from onnxslim_lab.gate.result import BudgetResult, number, percent
 from onnxslim_lab.gate.subject import NotMeasured, Subject
 
 
@@ -73,9 +73,7 @@ def _median(
     median = float(np.median(values))
     side = "lower" if judged.status == "fail" else "upper"
     cause = f"median {number(median, unit)}, limit {number(limit, unit)}, {side} "
-    cause += (
-        f"{subject.config.confidence:.4g} bound {number(judged.bound, unit)} on {len(values)} pairs in turn"
-    )
+    cause += f"{percent(subject.config.confidence)} bound {number(judged.bound, unit)} on {len(values)} pairs in turn"
     if judged.status == "undecided":
         cause += (
             f": about {judged.needed:,} pairs would decide"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from onnxslim_lab.errors import LabError, quote
-from onnxslim_lab.gate.causes import first_nonfinite, nonfinite
+from onnxslim_lab.gate.causes import first_nonfinite, nonfinite, poisoned_weight
 from onnxslim_lab.gate.halves import half_overflow
 from onnxslim_lab.gate.result import BudgetResult
 from onnxslim_lab.gate.subject import NotMeasured, Subject
@@ -24,6 +24,17 @@ def check_finite(subject: Subject) -> Iterator[BudgetResult]:
         return
     samples = len(subject.feeds)
     if bad is None:
+        if (poisoned := poisoned_weight(subject)) is not None:
+            cause = f"{poisoned.what}, though the outputs on this data do not show it"
+            yield BudgetResult(
+                budget="finite",
+                kind="values",
+                status="fail",
+                cause=cause,
+                samples=samples,
+                where=poisoned.where,
+            )
+            return
         try:
             hidden = half_overflow(subject)
         except LabError as error:

@@ -149,3 +149,12 @@ def number(value: float | str | None, unit: str = "") -> str:
     whole = float(value).is_integer() and abs(value) < 1e15
     text = f"{int(value):,}" if whole else f"{value:.4g}"
     return f"{text} {unit}".strip()
+
+
+def percent(share: float) -> str:
+    """Return a share in percent.
+
+    >>> percent(0.95), percent(0.9999)
+    ('95 %', '99.99 %')
+    """
+    return f"{share * 100:.6g} %"

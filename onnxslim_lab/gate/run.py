@@ -10,7 +10,7 @@ from pathlib import Path
 from onnxslim_lab.base import Progress, silent
 from onnxslim_lab.data import Dataset, load_data
 from onnxslim_lab.engine import tool_version
-from onnxslim_lab.errors import ModelError, quote
+from onnxslim_lab.errors import DataError, ModelError, quote
 from onnxslim_lab.gate.checks_model import check_data, check_interface, check_operators
 from onnxslim_lab.gate.checks_origin import check_provenance, file_sha256
 from onnxslim_lab.gate.checks_quality import (
@@ -22,6 +22,7 @@ from onnxslim_lab.gate.checks_size import check_coverage, check_size
 from onnxslim_lab.gate.checks_speed import check_speed
 from onnxslim_lab.gate.checks_values import check_engines, check_finite
 from onnxslim_lab.gate.config import GateConfig
+from onnxslim_lab.gate.keys import not_judged
 from onnxslim_lab.gate.lock import Lock, check_drift
 from onnxslim_lab.gate.result import BudgetResult, GateReport
 from onnxslim_lab.gate.subject import Subject
@@ -97,6 +98,7 @@ def run_gate(
             judged = Graph.load(candidate)
         except ModelError as error:
             results = [BudgetResult(budget="runs", kind="runs", status="fail", cause=str(error))]
+            results += not_judged(config.budgets, "not judged: the candidate does not load")
         else:
             subject = Subject(candidate, baseline, judged, original, feeds, runner, config, progress, notices)
             results = _judged(subject)
@@ -134,6 +136,9 @@ def _feeds(
         return data
     if data is not None:
         return load_data(data, original, limit=limit)
+    labelled = [item.name for item in config.budgets.metrics if ":" not in item.name]
+    if labelled:
+        raise DataError(f"metric {labelled[0]} needs labels, which random data has not: give --data")
     return runnable_data(runner, original, samples=_RANDOM, seed=config.seed, dims=dims)
 
 

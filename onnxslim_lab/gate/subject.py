@@ -14,6 +14,7 @@ from onnxslim_lab.bench_report import BenchReport
 from onnxslim_lab.data import Dataset
 from onnxslim_lab.errors import LabError, one_line, quote, suggest
 from onnxslim_lab.gate.config import GateConfig
+from onnxslim_lab.gate.weights import Weights, decoded_weights
 from onnxslim_lab.graph import Graph
 from onnxslim_lab.judging import NOISE_FACTOR, TOLERANCE
 from onnxslim_lab.metrics import Feed, OutputError, compare_outputs
@@ -99,6 +100,11 @@ class Subject:
     def tolerance(self) -> float:
         """The relative difference that rounding explains."""
         return max(TOLERANCE, NOISE_FACTOR * self.runner.noise(self.candidate, self.feeds[:_BENCHED]))
+
+    @cached_property
+    def weights(self) -> Weights:
+        """The candidate's weights as they are when it runs."""
+        return decoded_weights(self.candidate, self.feeds[0])
 
     @cached_property
     def timing(self) -> BenchReport:

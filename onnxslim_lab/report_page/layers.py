@@ -43,6 +43,12 @@ class LayerRow:
     sensitivity_db: float | None = None
     op_type: str = ""
 
+    @property
+    def figures(self) -> bool:
+        """Whether anything is known of it as a weight or layer."""
+        known = (self.sparsity, self.bits, self.rank, self.error, self.sqnr_db, self.sensitivity_db)
+        return any(value is not None for value in known)
+
     def add(self, step: str, change: ChangeReport) -> None:
         """Take in one more edit."""
         self.done.append(f"{step}: {change.what}")
@@ -61,7 +67,10 @@ class LayerRow:
 
 
 def layer_rows(sources: Sources) -> list[LayerRow]:
-    """Return a row for every name that a step edited or whose sensitivity is known, in order of appearance."""
+    """Return a row for every name that a step edited or whose sensitivity is known.
+
+    Weights come before the nodes that were folded or renamed; else in order of appearance.
+    """
     rows: dict[str, LayerRow] = {}
     for step in sources.run.steps if sources.run else ():
         for change in step.changes:
@@ -69,7 +78,7 @@ def layer_rows(sources: Sources) -> list[LayerRow]:
     for layer in sources.sensitivity.layers if sources.sensitivity else ():
         row = rows.setdefault(layer.name, LayerRow(layer.name))
         row.sensitivity_db, row.op_type = layer.alone_db, layer.op_type
-    return list(rows.values())
+    return sorted(rows.values(), key=lambda row: not row.figures)
 
 
 def noise_by_part(layer: LayerReport) -> dict[str, float | None]:

@@ -13,6 +13,7 @@ from onnxslim_lab.report_page.layers import layer_rows, noise_by_part
 from onnxslim_lab.report_page.reading import Sources
 from onnxslim_lab.report_page.summary import (
     before_after,
+    by_urgency,
     bytes_text,
     mood_of,
     refusals_by_reason,
@@ -51,6 +52,7 @@ def render(sources: Sources) -> str:
             s=sources,
             title=_title(sources),
             verdicts=verdicts(sources),
+            budgets=by_urgency(sources.gate) if sources.gate else [],
             pairs=before_after(sources),
             steps=charts.waterfall_steps(sources.run) if sources.run else [],
             outputs=_outputs(sources),

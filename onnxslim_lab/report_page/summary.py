@@ -6,9 +6,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from onnxslim_lab.bench_report import BenchReport
+from onnxslim_lab.gate.result import BudgetResult, GateReport, Status
 from onnxslim_lab.report import DataReport, MetricReport, Report
 from onnxslim_lab.report import Verdict as Judgement
 from onnxslim_lab.report_page.reading import Sources
+
+_CAUSES = 6  # budgets that did not pass, in the summary
+_URGENCY: tuple[Status, ...] = ("fail", "undecided", "pass")
 
 Mood = Literal["good", "bad", "unsure", "absent"]
 
@@ -66,6 +70,16 @@ def verdicts(sources: Sources) -> list[Verdict]:
         held = "undecided" if not count["fail"] else "failed"
         word = "passed" if gate.passed else held
         found.append(Verdict("gate", word, mood_of(word), f"{text}; exit code {gate.exit_code}"))
+        wrong = [item for item in by_urgency(gate) if item.status != "pass"]
+        found += [
+            Verdict(item.budget, item.status, mood_of(item.status), item.cause) for item in wrong[:_CAUSES]
+        ]
+        if len(wrong) > _CAUSES:
+            found.append(
+                Verdict(
+                    "more budgets", f"{len(wrong) - _CAUSES} more", "unsure", "see the section of the gate"
+                )
+            )
     found.append(_judged("outputs", run.final if run else None))
     if comparison is not None:
         found.append(_judged("outputs compared", comparison.verdict))
@@ -89,6 +103,11 @@ def verdicts(sources: Sources) -> list[Verdict]:
             )
         )
     return found
+
+
+def by_urgency(gate: GateReport) -> list[BudgetResult]:
+    """Return the budgets: those that failed, the undecided ones, those that passed."""
+    return [item for status in _URGENCY for item in gate.of(status)]
 
 
 def before_after(sources: Sources) -> list[Pair]:
