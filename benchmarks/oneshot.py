@@ -44,7 +44,7 @@ class Goal:
         return ["simplify", f"prune:criterion={criterion},sparsity={self.sparsity}", share, "encode"]
 
 
-GOALS = (Goal(30, 0.30, 0.90, 3), Goal(20, 0.05, 0.80, 4))
+GOALS = (Goal(30, 0.30, 0.90, 3), Goal(20, 0.05, 0.79, 3))
 
 
 @dataclass(frozen=True)

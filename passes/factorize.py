@@ -15,9 +15,10 @@ from onnxslim_lab.errors import ParameterError
 from onnxslim_lab.graph import Graph
 from onnxslim_lab.low_rank.bases import Method, Metric, shrinkage
 from onnxslim_lab.low_rank.choose import Cost, allocate, cheapest_within
-from onnxslim_lab.low_rank.forms import Candidate, Search, prepare
+from onnxslim_lab.low_rank.forms import prepare
 from onnxslim_lab.low_rank.jobs import Job, grams_of, keep, write
 from onnxslim_lab.low_rank.places import ConvChoice, arranged, forms_of, site_of
+from onnxslim_lab.low_rank.sites import Candidate, Search
 from onnxslim_lab.macs import model_macs
 from onnxslim_lab.selection import Overrides, Patterns, Target, find_targets
 from onnxslim_lab.statistics import Calibration, Gram

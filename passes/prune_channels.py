@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from onnxslim_lab.base import Change, Context, Outcome, Pass
 from onnxslim_lab.channels.allocation import Allocation
+from onnxslim_lab.channels.behind import Key, key_of
 from onnxslim_lab.channels.cutting import Kept, cut, kept_of
 from onnxslim_lab.channels.groups import Group
 from onnxslim_lab.channels.refit import refit
@@ -37,17 +38,18 @@ class PruneChannels(Pass):
     `macs` of all multiply-accumulates go, from where the work that is saved costs least (what is written to
     memory is work too). `criterion` says what a channel costs: "l1", "l2" its part of the weights, "activation"
     its part of the energy that layers read, "sensitivity" that part of what the model's outputs change when
-    a quarter of its group goes (a run on a few feeds for each group), "obs" what it takes from the outputs of the layers that read it when
-    their weights are refitted (the channel as a block of optimal brain surgeon). `refit` solves for the weights
-    and biases that are left, layer after layer, so that each gives what it gave in the original model.
+    a quarter of its group goes (a run on a few feeds for each group), "obs" what it takes from the outputs of the
+    layers that read it when their weights are refitted (the channel as a block of optimal brain surgeon). `refit`
+    solves for the weights and biases that are left, layer after layer, the gates of LSTM, GRU and RNN too, so that
+    each gives what it gave in the original model; every fourth feed is held back to choose how far to go.
     `threshold` removes instead every channel whose root mean square activation is smaller. `widths` also cuts
     the width of a transformer: the mean and variance that its normalizations take then change.
 
     Sources: onnxslim_lab.channels.
 
     refuses: channels that reach an input or output of the graph, an operator without a rule, or a size that is
-    computed; channels that a normalization averages over, unless `widths`; layers in bodies are cut, but not
-    refitted.
+    computed; channels that a normalization averages over, unless `widths`; the refit of layers whose sums do not
+    fit the memory.
 
     >>> PruneChannels(macs=0.3, criterion="l2", refit="none").needs_calibration
     False
@@ -70,7 +72,7 @@ class PruneChannels(Pass):
     target: str = Field("auto", description="the profile whose widths count")
     least: float = Field(0.25, ge=0, lt=1, description="part of the channels of a layer that stays at least")
     widths: bool = Field(False, description="whether the axes that normalizations average over are cut")
-    damping: float = Field(1e-3, gt=0, lt=1, description="pull towards the original weights")
+    damping: float = Field(1e-3, gt=0, lt=1, description="least pull towards the original weights")
     include: Patterns = Field((), description="glob patterns of node or weight names; empty means all layers")
     exclude: Patterns = Field((), description="glob patterns of node or weight names to leave alone")
 
@@ -96,6 +98,7 @@ class PruneChannels(Pass):
         """
         calibration, outcome = context.calibration, Outcome()
         self._check_patterns(graph)
+        graph.infer()  # what earlier passes made
         found = candidates(graph, calibration, widths=self.widths, include=self.include, exclude=self.exclude)
         outcome.refusals += found.refusals
         if not found.groups:
@@ -147,7 +150,7 @@ class PruneChannels(Pass):
         outcome: Outcome,
     ) -> None:
         original = graph.copy() if self._refits else graph
-        kept: dict[str, Kept] = {}
+        kept: dict[Key, Kept] = {}
         for part in {id(group.part): group.part for group, _ in gone}.values():
             own = [(group, numbers) for group, numbers in gone if group.part is part and len(numbers)]
             if not own:
@@ -157,10 +160,8 @@ class PruneChannels(Pass):
                 classes[group.classes[numbers]] = True
             for layer, _ in part.layers:
                 left = kept_of(layer, part, classes)
-                if part.graph is graph and not all(
-                    mask.all() for mask in (left.groups, left.rows, left.columns)
-                ):
-                    kept[layer.node.output[0]] = left
+                if not all(mask.all() for mask in (left.groups, left.rows, left.columns)):
+                    kept[key_of(layer)] = left
             before = _stored(part.graph)
             cut(part, own)
             after = _stored(part.graph)
@@ -169,11 +170,10 @@ class PruneChannels(Pass):
         for group, numbers in gone:
             if not len(numbers):
                 outcome.refuse(group.name, f"none of its {group.size} channels need go, or may")
-        for part in {id(group.part): group.part for group, numbers in gone if len(numbers)}.values():
-            if self._refits and part.graph is not graph:
-                outcome.refuse(part.graph.name, "what was cut in a body or function is not refitted")
         if self._refits and kept and context.calibration is not None:
-            refit(graph, original, kept, context.calibration, damping=self.damping, progress=context.progress)
+            outcome.refusals += refit(
+                graph, original, kept, context.calibration, damping=self.damping, progress=context.progress
+            )
 
     @property
     def _multiple(self) -> int:
@@ -196,12 +196,9 @@ class PruneChannels(Pass):
                     )
 
 
-def _stored(graph: Graph) -> dict[str, int]:
-    """Return the bytes of each layer's weight, by the first output of its node and its role."""
-    return {
-        f"{layer.node.output[0]}/{layer.role}": _bytes(layer.weight_graph, layer.weight)
-        for layer in find_layers(graph)[0]
-    }
+def _stored(graph: Graph) -> dict[Key, int]:
+    """Return the bytes of each layer's weight."""
+    return {key_of(layer): _bytes(layer.weight_graph, layer.weight) for layer in find_layers(graph)[0]}
 
 
 def _bytes(graph: Graph, name: str) -> int:
@@ -209,9 +206,9 @@ def _bytes(graph: Graph, name: str) -> int:
     return kind[2] if kind else 0
 
 
-def _change(group: Group, count: int, before: dict[str, int], after: dict[str, int]) -> Change:
+def _change(group: Group, count: int, before: dict[Key, int], after: dict[Key, int]) -> Change:
     """Describe the removal of channels; bytes are those of the layers that make them."""
-    keys = {f"{side.layer.node.output[0]}/{side.layer.role}" for side in group.makers}
+    keys = {key_of(side.layer) for side in group.makers}
     return Change(
         group.name,
         f"removed {count} of {group.size} channels",

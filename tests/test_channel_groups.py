@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from onnxslim_lab.channels.groups import find_groups
+from onnxslim_lab.graph import Graph
 
 CONV = "h = Conv <kernel_shape=[3,3], pads=[1,1,1,1]> (x, w1)\n"
 END = "y = Conv (t, w9)"
@@ -242,6 +243,36 @@ def test_a_body_is_a_graph_too():
     before, after, pairs = remove_silent(model, half)
     assert len(pairs) == 2
     onnx.checker.check_model(after.to_model(), full_check=True)
+    assert_equal(before, after)
+
+
+def test_declared_shapes_follow():
+    proto = made(CASES["residual"]).to_model()
+    inferred = onnx.shape_inference.infer_shapes(proto)
+    declared = {value.name for value in inferred.graph.value_info}
+    inferred.graph.value_info.append(
+        onnx.helper.make_tensor_value_info("w1", onnx.TensorProto.FLOAT, [8, 3, 3, 3])
+    )
+    before, after, _ = remove_silent(Graph.load(inferred), half)
+    assert "h" in declared
+    onnx.checker.check_model(after.to_model(), full_check=True)
+    assert_equal(before, after)
+    left = {value.name: value for value in after.to_model().graph.value_info}
+    assert not {"h", "w1"} & left.keys()
+
+
+def test_weights_in_constant_nodes():
+    model = made(
+        HEADER
+        + """g (float[2,3] x) => (float[2,2] y) {
+      w = Constant <value = float[3,4] {1,2,3,4,5,6,7,8,9,1,2,3}> ()
+      v = Constant <value = float[4,2] {1,2,3,4,5,6,7,8}> ()
+      h = MatMul(x, w) t = Relu(h) y = MatMul(t, v) }"""
+    )
+    before, after, pairs = remove_silent(model, half)
+    assert sum(len(numbers) for _, numbers in pairs) == 2
+    onnx.checker.check_model(after.to_model(), full_check=True)
+    assert after.constant_type("w")[1] == (3, 2)
     assert_equal(before, after)
 
 

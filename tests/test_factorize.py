@@ -1,5 +1,7 @@
 """factorize: what it writes, what it refuses and why, what it predicts; every place a weight can be."""
 
+import tracemalloc
+
 import ml_dtypes
 import numpy as np
 import onnx
@@ -393,6 +395,23 @@ def test_a_depthwise_conv_is_parted_into_rows_and_columns():
     (change,) = Factorize(energy=0.999).run(graph).changes
     assert (change.detail["form"], change.detail["parameters after"]) == ("spatial", 36)
     assert_equal_outputs(original, graph, [{"x": x}], relative=1e-4)
+
+
+@pytest.mark.parametrize(("settings", "most"), [({"budget": 0.5}, 6.5), ({"rank": 20}, 3.5)])
+def test_memory_is_a_few_copies_of_the_matrix(settings, most):
+    size = 700
+    graph = parsed(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[N, 700] x) => (float[N, 700] y) { y = MatMul(x, w) }""",
+        w=random_array(0, size, size),
+    )
+    data = context(correlated(3, 4, 300, size))
+    tracemalloc.start()
+    outcome = Factorize(method="whitened", **settings).run(graph, data)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert outcome.changes
+    assert peak < most * 8 * size * size, peak / (8 * size * size)
 
 
 def test_external_data_and_files(tmp_path):

@@ -14,17 +14,10 @@ from onnxslim_lab.layers import find_layers
 from onnxslim_lab.low_rank import bases
 from onnxslim_lab.low_rank.bases import Metric, balanced, find_basis
 from onnxslim_lab.low_rank.choose import allocate, cheapest_within, frontier
-from onnxslim_lab.low_rank.forms import (
-    Candidate,
-    Search,
-    Site,
-    channel_gram,
-    column_gram,
-    factors,
-    prepare,
-    product,
-)
+from onnxslim_lab.low_rank.forms import column_gram, factors, prepare, product
 from onnxslim_lab.low_rank.places import arranged, forms_of, site_of
+from onnxslim_lab.low_rank.sites import Candidate, Search, Site
+from onnxslim_lab.low_rank.tucker import channel_gram
 from onnxslim_lab.low_rank.write import write_factors
 from onnxslim_lab.runtime import Interpreter
 from onnxslim_lab.selection import Target

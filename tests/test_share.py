@@ -12,12 +12,13 @@ from pydantic import ValidationError
 
 from onnxslim_lab.base import Context
 from onnxslim_lab.clustering import histogram, scale_of
+from onnxslim_lab.codebook import share_values, squares
 from onnxslim_lab.errors import ParameterError
 from onnxslim_lab.floats import sort_key
 from onnxslim_lab.graph import Graph
 from onnxslim_lab.passes import share
 from onnxslim_lab.passes.prune import Prune
-from onnxslim_lab.passes.share import Share, share_values, squares
+from onnxslim_lab.passes.share import Share
 
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)

@@ -13,8 +13,9 @@ from passes_helper import runner
 from pydantic import ValidationError
 
 from onnxslim_lab import Context, Graph
+from onnxslim_lab.codebook import share_values
 from onnxslim_lab.data import Dataset
-from onnxslim_lab.passes.share import Share, share_values
+from onnxslim_lab.passes.share import Share
 from onnxslim_lab.second_order import entropy as module
 from onnxslim_lab.second_order.entropy import Code, entropy, entropy_code
 from onnxslim_lab.second_order.sharing import weighted_codebook

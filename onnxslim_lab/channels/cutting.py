@@ -48,6 +48,10 @@ def cut(part: Part, groups: Sequence[tuple[Group, Atoms]]) -> None:
 
     for edit in axes.edits:
         edit(kept)
+    declared = set(graph.declared)
+    for name in declared & set(axes.values):
+        if any(atoms is not None and not kept(atoms).all() for atoms in axes.values[name] or ()):
+            graph.undeclare(name)
     for use in axes.constants.values():
         masks = [(axis, kept(atoms)) for axis, atoms in enumerate(use.tensor) if atoms is not None]
         masks = [(axis, mask) for axis, mask in masks if not mask.all()]
@@ -61,6 +65,8 @@ def cut(part: Part, groups: Sequence[tuple[Group, Atoms]]) -> None:
         readers = [(node, slot) for node, slot in use.readers if node.input[slot] == use.name]
         own = home is graph and graph.use_count(use.name) == len(readers) and not graph.is_input(use.name)
         target = use.name if own else graph.fresh_name(use.name)
+        if own and use.name in declared:
+            graph.undeclare(use.name)
         graph.set_constant(target, np.ascontiguousarray(array), kind[0])
         if not own:
             for node, slot in readers:

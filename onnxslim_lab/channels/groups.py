@@ -102,6 +102,7 @@ def find_groups(graph: Graph, *, widths: bool) -> tuple[list[Group], list[Refusa
     members = np.full(len(closure.reasons), -1, np.int64)
     groups: dict[int, Group] = {}
     for layer, tensor in known:
+        stays: str | None = None
         for axis, atoms in enumerate(tensor):
             if atoms is None or atoms.size < 2:
                 continue
@@ -115,8 +116,12 @@ def find_groups(graph: Graph, *, widths: bool) -> tuple[list[Group], list[Refusa
                 part.rows.add((id(layer), axis))
             for key in np.unique(signature[labels[loose]]):
                 _add(groups, part, int(key), layer, table, signature, members, made=made)
-            if made and not loose.any() and closure.reason(atoms) != LONE:
-                refusals.append(Refusal(layer.name, f"its channels stay: {closure.reason(atoms)}"))
+            if made and loose.any():
+                stays = ""
+            elif made and stays is None and closure.reason(atoms) != LONE:
+                stays = closure.reason(atoms)
+        if stays:
+            refusals.append(Refusal(layer.name, f"its channels stay: {stays}"))
     counts = _values(part)
     for group in groups.values():
         group.values = int(counts[group.classes[0]])
@@ -126,7 +131,13 @@ def find_groups(graph: Graph, *, widths: bool) -> tuple[list[Group], list[Refusa
             refusals.append(Refusal(group.name, "its channels stay: all of them go together"))
         elif group.makers and not group.readers:
             refusals.append(Refusal(group.name, "its channels stay: no layer reads them"))
-    return found, refusals
+    return found, [_hinted(refusal) for refusal in refusals] if graph.is_function else refusals
+
+
+def _hinted(refusal: Refusal) -> Refusal:
+    """Say what helps in a function: shapes and weights may be known at the place where it is called."""
+    lost = "not known" in refusal.reason or "input of the function" in refusal.reason
+    return Refusal(refusal.where, f"{refusal.reason} (inline-functions helps)") if lost else refusal
 
 
 def _signatures(part: Part) -> Atoms:

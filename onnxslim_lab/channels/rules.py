@@ -15,7 +15,7 @@ from onnxslim_lab.channels.layer_rules import LAYERS
 from onnxslim_lab.channels.nodes import freeze_node, label
 from onnxslim_lab.channels.shape_rules import SHAPES, dims_read
 from onnxslim_lab.channels.window_rules import WINDOWS
-from onnxslim_lab.graph import Graph, attribute, domain_of
+from onnxslim_lab.graph import Graph, attribute, domain_of, is_op
 from onnxslim_lab.layer_views.storage import set_by_caller
 
 Rule = Callable[[Axes, NodeProto], Iterable[int]]
@@ -61,6 +61,8 @@ def relate(graph: Graph, *, widths: bool) -> Axes:
     for name in graph.inputs:
         axes.freeze_all(axes.value(name), "an input of the graph keeps its size")
     for node in graph.nodes:
+        if is_op(node, "Constant"):  # see `Axes.input`
+            continue
         rule = None if domain_of(node.domain) else RULES.get(node.op_type)
         if rule is None or set_by_caller(node):
             freeze_node(axes, node, f"{label(node)} is not known to let channels go")

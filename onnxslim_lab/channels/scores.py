@@ -7,12 +7,12 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg.lapack import dpotrf, dpotri
 
 from onnxslim_lab.channels.allocation import Ranking
 from onnxslim_lab.channels.groups import Group, Side
 from onnxslim_lab.layers import Layer
 from onnxslim_lab.second_order.choose import output_energy
-from onnxslim_lab.second_order.obs import damped, inverse
 from onnxslim_lab.statistics import Gram
 
 Doubles = NDArray[np.float64]
@@ -83,25 +83,32 @@ def by_loss(group: Group, gram_of: GramOf, *, least: float, damping: float, memo
 
     Args:
         group: The group.
-        gram_of: Gives the Gram matrix of a reader.
+        gram_of: Gives the Gram matrix of a reader; it is used up.
         least: Part of the channels that is not ranked.
         damping: Part of the mean diagonal added to H.
         memory: Bytes of matrices to hold at a time.
     """
-    cost = sum(3 * 8 * side.layer.shape[0] * side.layer.shape[2] ** 2 for side in group.readers)
-    steps = 1 if cost > memory else _STEPS
+    steps = 1 if sum(_bytes(side.layer) for side in group.readers) > memory else _STEPS
     alone = np.zeros(group.size)
     readers = []
     for side in group.readers:
         gram = gram_of(side.layer)
-        energy = max(output_energy(side.layer.matrix, gram), np.finfo(float).tiny)
+        if not gram.matrix.any():  # no feed reaches it: all inputs are taken to have one energy
+            gram = Gram(np.ones_like(gram.total), np.zeros_like(gram.total), 1)
         if not gram.full:
+            energy = output_energy(side.layer.matrix, gram)
             weights = side.layer.matrix.astype(np.float64) ** 2
             column = (weights * np.asarray(gram.diagonal)[:, None]).sum(axis=(0, 1))
-            alone += _gather(column, side.members, group.size) / energy
+            alone += _gather(column, side.members, group.size) / max(energy, np.finfo(float).tiny)
             continue
-        for matrix, part in zip(side.layer.matrix, _centred(gram), strict=True):
-            reader = _Reader(matrix, part, side, group.size, damping, energy)
+        sums, means, count, energy = gram.xtx, gram.mean, gram.count, 0.0
+        del gram
+        for number, matrix in enumerate(side.layer.matrix.astype(np.float64)):
+            _centre(sums[number], means[number], count)
+            energy += float(np.einsum("oi,oi->", matrix @ sums[number], matrix))
+        energy = max(energy, np.finfo(float).tiny)
+        for number, matrix in enumerate(side.layer.matrix):
+            reader = _Reader(matrix, inverse_in_place(sums[number], damping), side, group.size, energy)
             if steps == 1:
                 alone += reader.losses(np.arange(group.size))
             else:
@@ -124,8 +131,42 @@ def by_loss(group: Group, gram_of: GramOf, *, least: float, damping: float, memo
     return Ranking(np.array(order, np.int64), np.maximum.accumulate(losses))
 
 
-def _centred(gram: Gram) -> Doubles:
-    return np.asarray(gram.xtx - gram.count * np.einsum("gi,gj->gij", gram.mean, gram.mean))
+def _bytes(layer: Layer) -> int:
+    """Return what a reader takes while channels are removed from it."""
+    groups, out, columns = layer.shape
+    return 8 * groups * columns * (3 * columns + 2 * out)
+
+
+def _centre(sums: Doubles, mean: Doubles, count: int) -> None:
+    """Turn sums of x x^T into sums of (x - mean) (x - mean)^T, in place."""
+    for row, value in enumerate(mean):
+        sums[row] -= count * value * mean
+
+
+def inverse_in_place(matrix: Doubles, damping: float) -> Doubles:
+    """Return the inverse of a covariance (n, n) in its memory, `damped` first.
+
+    Where rounding leaves it indefinite the diagonal is raised by a growing part of its mean, as in
+    `onnxslim_lab.second_order.obs.inverse`.
+
+    Raises:
+        LinAlgError: A hundredth of the mean is not enough.
+    """
+    diagonal = np.einsum("ii->i", matrix)
+    mean = float(diagonal.mean()) if diagonal.any() else 1.0
+    diagonal[...] = np.where(diagonal > 0, diagonal, mean) + damping * mean
+    before = diagonal.copy()
+    for part in (0.0, *(10.0**power for power in range(-8, -1))):
+        diagonal[...] = before + part * float(before.mean())
+        _, failed = dpotrf(matrix.T, lower=1, clean=0, overwrite_a=1)
+        if not failed:
+            dpotri(matrix.T, lower=1, overwrite_c=1)
+            for row in range(len(matrix)):
+                matrix[row:, row] = matrix[row, row:]
+            return matrix
+        for row in range(len(matrix)):
+            matrix[row, row + 1 :] = matrix[row + 1 :, row]
+    raise np.linalg.LinAlgError("the covariance of a layer's inputs is not positive definite")
 
 
 class _Reader:
@@ -134,14 +175,13 @@ class _Reader:
     def __init__(
         self,
         matrix: NDArray[np.floating],
-        covariance: Doubles,
+        inverse: Doubles,
         side: Side,
         size: int,
-        damping: float,
         energy: float,
     ) -> None:
         self._weights = matrix.astype(np.float64)
-        self._inverse = inverse(damped(covariance, damping))
+        self._inverse = inverse
         self._members = side.members
         self._size = size
         self._energy = energy

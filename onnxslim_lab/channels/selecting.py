@@ -21,6 +21,7 @@ from onnxslim_lab.macs import model_macs
 from onnxslim_lab.selection import matches
 from onnxslim_lab.statistics import Calibration, Gram, Want
 from onnxslim_lab.statistics.calibration import gram_input
+from onnxslim_lab.worker.grams import GramTally
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,16 +164,32 @@ def rankings(
 
     def gram_of(layer: Layer) -> Gram:
         held = stored.get(id(layer))
-        if held is None:  # hidden states are no value of the graph: all are taken to have one energy
-            ones = np.ones((layer.shape[0], layer.shape[2]))
-            return Gram(ones, 0 * ones, 1)
-        return Gram(np.load(held[0]), held[1], held[2])
+        return hidden_gram(model, layer, calibration) if held is None else Gram(np.load(held[0]), *held[1:])
 
     found = []
     for number, group in enumerate(groups):
         progress(number, len(groups), f"losses of {group.name}")
         found.append(by_loss(group, gram_of, least=least, damping=damping, memory=calibration.memory))
     return found
+
+
+def hidden_gram(model: Graph, layer: Layer, calibration: Calibration) -> Gram:
+    """Return the Gram matrix of the hidden states that recurrent weights multiply.
+
+    They are what the node gives at every step. In bodies, and where it gives the last state only, nothing is
+    known of them: all are taken to have one energy.
+    """
+    groups, _, size = layer.shape
+    states = layer.node.output[0] if layer.role == "R" else ""
+    if not states or layer.graph is not model:
+        ones = np.ones((groups, size))
+        return Gram(ones, 0 * ones, 1)
+    tally = GramTally(layer.kind, full=8 * groups * size * size <= calibration.memory // 4)
+    for run in calibration.stream(model, [states]):
+        value = run[states]
+        assert isinstance(value, np.ndarray)
+        tally.add(value)
+    return Gram(tally.matrix, tally.total, tally.count)
 
 
 def _by_activation(

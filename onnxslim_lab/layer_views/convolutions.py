@@ -87,6 +87,13 @@ class ConvTransposeKind(ConvKind):
     def rows(self, x: Array) -> Array:
         """Return for each output position the inputs that reach it, in the kernel's stored order."""
         kernel = self.weight_shape[2:]
+        found = patches(self.spread(x), kernel, (1,) * len(kernel), self.dilations, self.groups)
+        per_channel = found.reshape(*found.shape[:2], -1, *kernel)
+        return np.flip(per_channel, tuple(range(3, 3 + len(kernel)))).reshape(found.shape)
+
+    def spread(self, x: Array) -> Array:
+        """Return the input with zeros between its elements and around, over which the turned kernel slides."""
+        kernel = self.weight_shape[2:]
         extra = self.output_padding or (0,) * len(kernel)
         spread = np.zeros(
             (*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], self.strides, strict=True))),
@@ -99,9 +106,7 @@ class ConvTransposeKind(ConvKind):
         ):
             reach = (size - 1) * dilation
             spread = _resize(spread, axis, reach - begin, reach - end + extra[axis - 2])
-        found = patches(spread, kernel, (1,) * len(kernel), self.dilations, self.groups)
-        per_channel = found.reshape(*found.shape[:2], -1, *kernel)
-        return np.flip(per_channel, tuple(range(3, 3 + len(kernel)))).reshape(found.shape)
+        return spread
 
     def _pads(self, size: Shape) -> list[tuple[int, int]]:
         """Return (begin, end) per axis: declared, or what `output_shape` or `auto_pad` ask for."""

@@ -12,6 +12,7 @@ directions are wanted: randomized SVD (Halko, Martinsson & Tropp 2011).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,6 +25,9 @@ Doubles = NDArray[np.float64]
 Method = Literal["svd", "qr", "whitened"]
 
 LARGE = 512  # smaller side from which a quarter of the directions or fewer are found by randomized SVD
+EXTRA = 10  # directions that it finds besides
+ROUNDS = 7  # of its iteration
+BLOCK = 4 << 20  # bytes of rows at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,41 +111,104 @@ def find_basis(
         components: How many directions are needed; None for all.
         seed: Of the randomized SVD.
     """
-    weights = np.asarray(matrix, np.float64)
-    smaller = min(weights.shape[1:])
+    smaller = min(matrix.shape[1:])
     wanted = smaller if components is None else min(components, smaller)
     columns, energies, total = [], np.zeros(wanted), 0.0
-    for group, part in enumerate(weights):
+    for group, stored in enumerate(matrix):
+        part = np.asarray(stored, np.float64)
         found = _directions(part, method, metric, group, wanted, seed)
-        rows = found.T @ part
         columns.append(found)
-        if metric is None:
-            energies += np.einsum("ki,ki->k", rows, rows)
-            total += float(np.einsum("oi,oi->", part, part))
-        else:
-            energies += metric.energies(rows, group)
-            total += float(metric.energies(part, group).sum())
-    return Basis(np.stack(columns), energies, total, wanted == smaller)
+        for rows in _blocks(wanted, part.shape[1]):
+            energies[rows] += _carried(found[:, rows].T @ part, metric, group)
+        total += sum(
+            float(_carried(part[rows], metric, group).sum()) for rows in _blocks(len(part), part.shape[1])
+        )
+    whole = columns[0][None] if len(columns) == 1 else np.stack(columns)
+    return Basis(whole, energies, total, wanted == smaller)
+
+
+def _blocks(rows: int, columns: int) -> Iterator[slice]:
+    """Yield slices of rows that hold about BLOCK bytes in float64 each."""
+    step = max(1, BLOCK // (8 * columns))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def _carried(rows: Doubles, metric: Metric | None, group: int) -> Doubles:
+    return np.asarray(np.einsum("ki,ki->k", rows, rows)) if metric is None else metric.energies(rows, group)
 
 
 def _directions(
     part: Doubles, method: Method, metric: Metric | None, group: int, wanted: int, seed: int
 ) -> Doubles:
-    """Return the first directions of one group, (out, wanted)."""
+    """Return the first directions of one group, (out, wanted).
+
+    The left singular vectors of W L are the eigenvectors of W G W^T: neither L nor the right ones are made.
+    Squares lose what is below 1e-15 of the energy, where no rank ends.
+    """
     if method == "qr":
         return np.asarray(
             scipy.linalg.qr(part, mode="economic", pivoting=True, check_finite=False)[0][:, :wanted]
         )
-    if method == "whitened":
-        assert metric is not None
-        root = metric.root(group)
-        part = part @ root if root.ndim == 2 else part * root
+    if method == "svd":
+        metric = None
+    out, inputs = part.shape
     smaller = min(part.shape)
     if smaller >= LARGE and wanted * 4 <= smaller:
-        from sklearn.utils.extmath import randomized_svd  # noqa: PLC0415 - takes two seconds to import
+        return _sketched(part, metric, group, wanted, seed)
+    if out > inputs:
+        turned, part = scipy.linalg.qr(part, mode="economic", check_finite=False)
+        return np.asarray(turned @ _largest(_squared(part, part, metric, group), wanted))
+    return _largest(_squared(part, part, metric, group), wanted)
 
-        return np.asarray(randomized_svd(part, wanted, n_iter=6, random_state=seed)[0])
-    return np.asarray(scipy.linalg.svd(part, full_matrices=False, check_finite=False)[0][:, :wanted])
+
+def _squared(first: Doubles, second: Doubles, metric: Metric | None, group: int) -> Doubles:
+    """Return A G B^T with the metric's matrix and ridge, A B^T without one."""
+    if metric is None:
+        return np.asarray(first @ second.T)
+    gram, ridge = metric.gram[group], float(metric.ridge[group])
+    if gram.ndim == 1:
+        return np.asarray((first * (gram + ridge)) @ second.T)
+    result = np.empty((len(first), len(second)))
+    for rows in _blocks(len(first), first.shape[1]):
+        result[rows] = (first[rows] @ gram + ridge * first[rows]) @ second.T
+    return result
+
+
+def _largest(square: Doubles, wanted: int) -> Doubles:
+    """Return the eigenvectors of a symmetric matrix with the largest values, (n, wanted), largest first.
+
+    Each is turned so that its largest element is positive; the matrix is used up.
+    """
+    last = len(square) - 1
+    subset = None if wanted > last else [last + 1 - wanted, last]
+    _, vectors = scipy.linalg.eigh(square.T, subset_by_index=subset, overwrite_a=True, check_finite=False)
+    found = np.asarray(vectors[:, ::-1])
+    signs = np.sign(found[np.abs(found).argmax(axis=0), np.arange(wanted)])
+    found *= np.where(signs == 0, 1.0, signs)
+    return found
+
+
+def _sketched(part: Doubles, metric: Metric | None, group: int, wanted: int, seed: int) -> Doubles:
+    """Return the first directions by randomized subspace iteration (Halko, Martinsson & Tropp, 2011)."""
+    random = np.random.default_rng(seed)
+    found = part @ random.standard_normal((part.shape[1], min(wanted + EXTRA, len(part))))
+    for _ in range(ROUNDS):
+        basis = scipy.linalg.qr(found, mode="economic", overwrite_a=True, check_finite=False)[0]
+        found = _applied(part, basis, metric, group)
+    basis = scipy.linalg.qr(found, mode="economic", overwrite_a=True, check_finite=False)[0]
+    small = basis.T @ part
+    return np.asarray(basis @ _largest(_squared(small, small, metric, group), wanted))
+
+
+def _applied(part: Doubles, basis: Doubles, metric: Metric | None, group: int) -> Doubles:
+    """Return W G W^T Q with the metric's matrix and ridge, W W^T Q without one."""
+    inner = part.T @ basis
+    if metric is None:
+        return np.asarray(part @ inner)
+    gram, ridge = metric.gram[group], float(metric.ridge[group])
+    met = gram @ inner if gram.ndim == 2 else gram[:, None] * inner
+    return np.asarray(part @ (met + ridge * inner))
 
 
 def shrinkage(rows: int, inputs: int) -> float:

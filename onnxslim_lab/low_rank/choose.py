@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 
-from onnxslim_lab.low_rank.forms import Candidate
+from onnxslim_lab.low_rank.sites import Candidate
 
 Cost = Callable[[Candidate], float]
 

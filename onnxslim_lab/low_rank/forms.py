@@ -10,130 +10,24 @@ Ranks are per group, all groups alike.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxslim_lab.low_rank.bases import Doubles, Method, Metric, balanced, find_basis
+from onnxslim_lab.low_rank.bases import Doubles, Metric, balanced, find_basis
+from onnxslim_lab.low_rank.sites import Candidate, FormName, Prepared, Search, Site
+from onnxslim_lab.low_rank.tucker import GRID, energy_of, tucker, tucker_factors
 
 Array = NDArray[Any]
-FormName = Literal["matrix", "spatial", "tucker"]
 
-GRID = 20  # ranks tried where each needs its loss computed
 COSTLY = 4096  # smaller side from which no more than LARGEST directions are looked at
 LARGEST = 1024
 
 
-@dataclass(frozen=True)
-class Site:
-    """Where the factors go: sizes of the layer, and how many more positions its parts meet.
-
-    Attributes:
-        groups, out, inputs: The matrix's shape.
-        kernel: Spatial sizes of a Conv, () otherwise.
-        spread: Input positions for each output position of a Conv (its strides' product, about).
-        row_spread: The same along the last axis alone.
-        lookup: Whether the layer looks rows up, which multiplies nothing.
-    """
-
-    groups: int
-    out: int
-    inputs: int
-    kernel: tuple[int, ...] = ()
-    spread: float = 1.0
-    row_spread: float = 1.0
-    lookup: bool = False
-
-    @property
-    def parameters(self) -> int:
-        """Weights of the layer; multiply-accumulates for each output position as well."""
-        return self.groups * self.out * self.inputs
-
-    @property
-    def channels(self) -> int:
-        """Input channels of each group of a Conv."""
-        return self.inputs // math.prod(self.kernel)
-
-    @property
-    def break_even(self) -> float:
-        """The rank at which two factors have as many weights as the matrix."""
-        return self.out * self.inputs / (self.out + self.inputs)
-
-    def pays(self, candidate: Candidate) -> bool:
-        """Whether it has fewer parameters and multiply-accumulates than the layer (a lookup: parameters)."""
-        cheaper = self.lookup or candidate.macs < self.parameters
-        return candidate.parameters < self.parameters and cheaper
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One way to write a layer.
-
-    Attributes:
-        form: How.
-        ranks: One rank, or two: of the inputs and of the outputs (tucker).
-        parameters: Weights of the factors.
-        macs: Multiply-accumulates for each output position.
-        loss: Energy of the output's error as part of the output's, 0 to 1 (a little more for tucker).
-    """
-
-    form: FormName
-    ranks: tuple[int, ...]
-    parameters: int
-    macs: float
-    loss: float
-
-
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """A form of one layer, ready to be cut at any of its candidates' ranks.
-
-    Attributes:
-        candidates: What pays, by falling loss.
-        arrays: What the factors are made from.
-        losses: Of form matrix: relative loss at rank 0, 1, ..., as far as known.
-    """
-
-    form: FormName
-    candidates: list[Candidate]
-    arrays: dict[str, Doubles]
-    losses: Doubles | None = None
-
-
-@dataclass(frozen=True)
-class Search:
-    """How ranks are looked for.
-
-    Attributes:
-        method: How directions are chosen.
-        rank: The only rank to look at; None for all.
-        multiple: Ranks are multiples of this where the layer is large enough (four multiples pay).
-        seed: Of randomized SVD.
-    """
-
-    method: Method
-    rank: int | None = None
-    multiple: int = 8
-    seed: int = 0
-
-    def ranks(self, largest: int) -> Iterable[int]:
-        """Return the ranks to look at, up to the largest that pays."""
-        if self.rank is not None:
-            return [self.rank] if self.rank <= largest else []
-        step = self.step(largest)
-        return range(step, largest + 1, step)
-
-    def step(self, largest: int) -> int:
-        """Return the multiple that ranks of a layer keep."""
-        return self.multiple if largest >= 4 * self.multiple else 1
-
-
 def prepare(form: FormName, site: Site, matrix: Array, metric: Metric | None, search: Search) -> Prepared:
     """Return one form of a layer's weight (groups, out, in), measured in the metric."""
-    made = {"matrix": _matrix, "spatial": _spatial, "tucker": _tucker}[form](site, matrix, metric, search)
+    made = {"matrix": _matrix, "spatial": _spatial, "tucker": tucker}[form](site, matrix, metric, search)
     paying = [candidate for candidate in made.candidates if site.pays(candidate)]
     return Prepared(form, paying, made.arrays, made.losses)
 
@@ -158,16 +52,7 @@ def factors(
         first, second = balanced(columns.swapaxes(1, 2) @ _upright(site, weights), columns)
         split = second.reshape(site.groups, site.out, width, rank).swapaxes(2, 3)
         return {"v": first.reshape(site.groups, rank, site.channels, height), "u": split}
-    inner, outer = candidate.ranks
-    down, up = arrays["down"][:, :inner], arrays["up"][..., :inner]
-    columns = arrays["columns"][..., :outer]
-    mixed = columns.swapaxes(1, 2) @ weights
-    core = mixed.reshape(site.groups, outer, site.channels, -1).swapaxes(2, 3) @ up[:, None]
-    folded, last = balanced(core.reshape(site.groups, outer, -1), columns)
-    core = folded.reshape(core.shape)
-    first, rest = balanced(down, core.reshape(site.groups, -1, inner))
-    core = rest.reshape(core.shape).swapaxes(2, 3)
-    return {"v": first, "core": core.reshape(site.groups, outer, inner, *site.kernel), "u": last}
+    return tucker_factors(site, weights, arrays, candidate)
 
 
 def product(site: Site, made: dict[str, Doubles]) -> Doubles:
@@ -211,77 +96,17 @@ def _spatial(site: Site, matrix: Array, metric: Metric | None, search: Search) -
     inner = None if metric is None else Metric(column_gram(site, metric.gram), metric.ridge * width)
     basis = find_basis(upright, search.method, inner, seed=search.seed)
     candidates = []
-    total = _energy(weights, metric)
+    total = energy_of(weights, metric)
     for rank in _thinned(list(search.ranks(largest))):
         columns = basis.columns[..., :rank]
         kept = columns @ (columns.swapaxes(1, 2) @ upright)
         split = kept.reshape(site.groups, site.out, width, site.channels, height)
         error = weights - split.transpose(0, 1, 3, 4, 2).reshape(weights.shape)
         macs = site.groups * rank * (tall * site.row_spread + wide)
-        loss = _energy(error, metric) / total if total else 0.0
+        loss = energy_of(error, metric) / total if total else 0.0
         candidates.append(Candidate("spatial", (rank,), site.groups * rank * (tall + wide), macs, loss))
     most = max((candidate.ranks[0] for candidate in candidates), default=0)
     return Prepared("spatial", candidates, {"columns": np.ascontiguousarray(basis.columns[..., :most])})
-
-
-def _tucker(site: Site, matrix: Array, metric: Metric | None, search: Search) -> Prepared:
-    weights = np.asarray(matrix, np.float64)
-    taps = math.prod(site.kernel)
-    split = weights.reshape(site.groups, site.out, site.channels, taps)
-    unfolded = split.swapaxes(2, 3).reshape(site.groups, -1, site.channels)
-    inner = None if metric is None else Metric(channel_gram(site, metric.gram), metric.ridge * taps)
-    down, up, energy = _input_basis(unfolded, search.method, inner)
-    basis = find_basis(weights, search.method, metric, seed=search.seed)
-    tails = (np.append(np.cumsum(energy[::-1])[::-1], 0.0), basis.losses())
-    most = (down.shape[1] - 1, basis.columns.shape[2] - 1)
-    total = _energy(weights, metric)
-    candidates = []
-    for inside, outside in _rank_pairs(tails, most, search):
-        columns = basis.columns[..., :outside]
-        kept = split.swapaxes(2, 3) @ up[:, None, :, :inside] @ down[:, None, :inside]
-        folded = kept.swapaxes(2, 3).reshape(weights.shape)
-        error = weights - columns @ (columns.swapaxes(1, 2) @ folded)
-        core = inside * outside * taps + outside * site.out
-        first = site.channels * inside
-        loss = _energy(error, metric) / total if total else 0.0
-        parameters, macs = site.groups * (first + core), site.groups * (first * site.spread + core)
-        candidates.append(Candidate("tucker", (inside, outside), parameters, macs, loss))
-    return Prepared("tucker", candidates, {"down": down, "up": up, "columns": basis.columns})
-
-
-def _input_basis(
-    unfolded: Doubles, method: Method, metric: Metric | None
-) -> tuple[Doubles, Doubles, Doubles]:
-    """Return (down, up, energy): A is best kept at rank r as A up[:, :r] down[:r], for A (groups, n, channels)."""
-    downs, ups, energies = [], [], np.zeros(min(unfolded.shape[1:]))
-    for group, part in enumerate(unfolded):
-        whiten = method == "whitened" and metric is not None
-        root = metric.root(group) if whiten and metric is not None else np.eye(part.shape[1])
-        root = np.diag(root) if root.ndim == 1 else root
-        _, values, right = np.linalg.svd(part @ root, full_matrices=False)
-        downs.append(np.linalg.solve(root.T, right.T).T)
-        ups.append(root @ right.T)
-        energies += values**2
-    return np.stack(downs), np.stack(ups), energies
-
-
-def _rank_pairs(
-    tails: tuple[Doubles, Doubles], most: tuple[int, int], search: Search
-) -> list[tuple[int, int]]:
-    """Return pairs of ranks that lose about the same part of the energy in both modes."""
-    if min(most) < 1:
-        return []
-    if search.rank is not None:
-        return [(min(search.rank, most[0]), min(search.rank, most[1]))]
-    pairs = set()
-    for part in np.geomspace(1e-5, 0.7, GRID):
-        pair = []
-        for tail, largest in zip(tails, most, strict=True):
-            rank = max(1, int(np.argmax(tail <= part * tail[0])))
-            step = search.step(largest)
-            pair.append(min(largest, -(-rank // step) * step))
-        pairs.add((pair[0], pair[1]))
-    return sorted(pairs)
 
 
 def _thinned(ranks: list[int]) -> list[int]:
@@ -304,19 +129,3 @@ def column_gram(site: Site, gram: Doubles) -> Doubles:
         return np.asarray(gram.reshape(site.groups, -1, site.kernel[1]).sum(axis=2))
     rows, width = site.inputs // site.kernel[1], site.kernel[1]
     return np.asarray(np.einsum("gawbw->gab", gram.reshape(site.groups, rows, width, rows, width)))
-
-
-def channel_gram(site: Site, gram: Doubles) -> Doubles:
-    """Return the Gram matrix of the input channels, summed over the kernel's taps."""
-    if gram.ndim == 2:
-        return np.asarray(gram.reshape(site.groups, site.channels, -1).sum(axis=2))
-    taps = math.prod(site.kernel)
-    shape = (site.groups, site.channels, taps, site.channels, taps)
-    return np.asarray(np.einsum("gatbt->gab", gram.reshape(shape)))
-
-
-def _energy(matrix: Doubles, metric: Metric | None) -> float:
-    """Return what a weight (groups, out, in) carries."""
-    if metric is None:
-        return float(np.einsum("goi,goi->", matrix, matrix))
-    return sum(float(metric.energies(part, group).sum()) for group, part in enumerate(matrix))

@@ -13,7 +13,8 @@ from onnxslim_lab.base import Change
 from onnxslim_lab.graph import Graph
 from onnxslim_lab.layers import Layer
 from onnxslim_lab.low_rank.bases import Array, Method
-from onnxslim_lab.low_rank.forms import Candidate, Prepared, Site, factors
+from onnxslim_lab.low_rank.forms import factors
+from onnxslim_lab.low_rank.sites import Candidate, Prepared, Site
 from onnxslim_lab.low_rank.write import write_factors
 from onnxslim_lab.selection import Target
 from onnxslim_lab.statistics import Calibration, Gram

@@ -12,7 +12,7 @@ from onnxslim_lab.layer_views.kinds import GatherKind, GemmKind
 from onnxslim_lab.layer_views.products import MatMulKind
 from onnxslim_lab.layer_views.storage import readers
 from onnxslim_lab.layers import Layer
-from onnxslim_lab.low_rank.forms import FormName, Site
+from onnxslim_lab.low_rank.sites import FormName, Site
 from onnxslim_lab.selection import Target
 
 ConvChoice = Literal["auto", "channel", "spatial", "tucker"]
