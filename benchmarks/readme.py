@@ -125,13 +125,12 @@ def runtime_table(document: dict[str, dict[str, dict[str, Any]]]) -> str:
 
 def oneshot_table(rows: list[dict[str, Any]]) -> str:
     """Return file, ratio and test error of models compressed without retraining."""
-    lines = ["| model | passes | kB | smaller | test error |", "|---|---|---|---|---|"]
+    lines = ["| model | passes | kB | smaller | test error | s |", "|---|---|---|---|---|---|"]
     for row in rows:
         ratio = row["bytes_before"] / row["bytes_after"]
         error = f"{row['error_before']:.2f} -> {row['error_after']:.2f} %"
-        lines.append(
-            f"| {row['model']} | `{row['passes']}` | {row['bytes_after'] / 1000:,.1f} | {ratio:.1f}x | {error} |"
-        )
+        cells = (row["model"], f"`{row['passes']}`", f"{row['bytes_after'] / 1000:,.1f}", f"{ratio:.1f}x", error)
+        lines.append(f"| {' | '.join(cells)} | {row['seconds']:.0f} |")
     return "\n".join(lines)
 
 

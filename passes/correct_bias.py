@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from onnxslim_lab.base import Change, Context, Outcome, Pass, Progress
-from onnxslim_lab.data import Dataset
 from onnxslim_lab.equalization.biases import BiasSlot, add_to_bias, channels_of, find_slots
 from onnxslim_lab.errors import ParameterError
 from onnxslim_lab.graph import Graph
@@ -106,18 +105,9 @@ class _Search:
         self.total: Deltas = {}
         self.before = self.best = 0.0
         self._reference: list[dict[str, Value]] = []
-        feeds = self.calibration.data.feeds
-        every = 4 if len(feeds) >= 8 else 3
-        judged = feeds[every - 1 :: every] or feeds
-        fitted = [feed for number, feed in enumerate(feeds) if number % every < every - 1] or feeds
-        self._judge = self._with(judged)
-        self._halves = [self._with(part) for part in (fitted[::2], fitted[1::2]) if part]
-
-    def _with(self, feeds: Sequence[dict[str, Value]]) -> Calibration:
-        """Return the calibration with some of its feeds."""
-        whole = self.calibration
-        data = Dataset(feeds, source=whole.data.source, random=whole.data.random)
-        return Calibration(whole.runner, data, memory=whole.memory, progress=whole.progress)
+        learned, self._judge = self.calibration.hold_back()
+        feeds = learned.data.feeds
+        self._halves = [learned.of(part) for part in (feeds[::2], feeds[1::2]) if part]
 
     def prepare(self, slots: dict[Key, BiasSlot]) -> None:
         """Find the original's means of every layer; refuse the layers that have none."""

@@ -17,8 +17,8 @@ from onnxslim_lab.quantization.output_loss import output_loss
 if TYPE_CHECKING:
     from onnxslim_lab.passes.quantize import Quantize
 
-_FEEDS = 8  # of the calibration data that outputs are compared on
-_GAIN = 0.95  # of the loss: what improves it less is chance
+_FEEDS = 32  # at most, that outputs are compared on
+_GAIN = 0.9  # of the loss: what improves it less is chance
 
 
 def keep_what_helps(
@@ -32,7 +32,8 @@ def keep_what_helps(
     """Undo the scales that do not lower the error of the quantized model's outputs.
 
     The regions are tried in parts, in their order: each part on top of what was kept, on a copy that is then
-    quantized.
+    quantized by means of most of the calibration data and judged by the rest: scales that suit the outliers of a few feeds
+    help no others.
 
     Args:
         model: The main graph; not changed.
@@ -46,16 +47,16 @@ def keep_what_helps(
         The loss of the outputs without any scales, that with those kept, and the plans undone.
     """
     assert context.calibration is not None
-    calibration = context.calibration
-    reference = calibration.outputs(model, limit=_FEEDS)
+    learned, judged = context.calibration.hold_back()
+    reference = judged.outputs(model, limit=_FEEDS)
 
     def loss(kept: Sequence[int]) -> float:
         copy = model.copy()
         copy.infer()
         regions = regions_of(copy)
         write([Plan(regions[number], plans[number].logs, plans[number].steps) for number in kept])
-        step.run(copy, Context(seed=context.seed, memory=context.memory, calibration=calibration))
-        return output_loss(reference, calibration.outputs(copy, limit=_FEEDS))
+        step.run(copy, Context(seed=context.seed, memory=context.memory, calibration=learned))
+        return output_loss(reference, judged.outputs(copy, limit=_FEEDS))
 
     changed = [number for number, plan in enumerate(plans) if plan.logs.any()]
     kept: list[int] = []

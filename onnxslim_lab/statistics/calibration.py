@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from onnxslim_lab.base import Progress, silent
 from onnxslim_lab.data import Dataset
@@ -78,6 +78,21 @@ class Calibration:
         self._cache = Cache(cache, notices) if cache is not None else None
         self._digests: dict[int, bytes] = {}
         self.progress = progress
+
+    def of(self, feeds: Sequence[dict[str, Value]]) -> Self:
+        """Return the same with other feeds."""
+        data = Dataset(feeds, source=self.data.source, random=self.data.random)
+        return type(self)(self.runner, data, memory=self.memory, progress=self.progress)
+
+    def hold_back(self) -> tuple[Self, Self]:
+        """Return the same with most of the feeds, and with every fourth, to judge on what is learned from the others.
+
+        Of fewer than eight feeds every third is held back; one or two are in both.
+        """
+        feeds = self.data.feeds
+        every = 4 if len(feeds) >= 8 else 3
+        learned = [feed for number, feed in enumerate(feeds) if number % every < every - 1] or feeds
+        return self.of(learned), self.of(feeds[every - 1 :: every] or feeds)
 
     def collect(self, model: Graph, wants: Iterable[Want]) -> Statistics:
         """Measure values in one pass over all feeds.
