@@ -25,6 +25,7 @@ from typing import Any
 
 OURS = "onnxslim_lab"
 TIMEOUT = 1800.0
+JUDGED = 32  # feeds of the calibration data that choose between ways of ours
 ROOT = Path(__file__).resolve().parents[1]
 
 Feed = dict[str, Any]
@@ -70,23 +71,36 @@ def quantize(tool: str, source: Path, feeds: Path, target: Path, python: str) ->
     return Quantized(error=said[-1][:200] if said else f"exit code {done.returncode}")
 
 
-def _ours(*steps: str) -> Job:
+def _ours(options: str) -> Job:
+    """Quantize with and without scaled channels, and keep what is nearer the original on the calibration data."""
     lab = importlib.import_module("onnxslim_lab")
     data = importlib.import_module("onnxslim_lab.data")
+    loss_of = importlib.import_module("onnxslim_lab.quantization.output_loss").output_loss
+    ways = ("simplify", "equalize"), ("simplify",)
 
     def run(source: str, feeds: list[Feed], target: str) -> dict[str, Any]:
-        result = lab.optimize(
-            source,
-            target,
-            steps=steps,
-            data=data.Dataset(feeds, source="calibration"),
-            allow_growth=True,
-            cache=False,
-        )
-        kept = [r.reason for step in result.report.steps for r in step.refusals]
-        quantized = next(step for step in result.report.steps if step.name == "quantize")
+        some, tried = feeds[:JUDGED], []
+        with lab.Runner(threads=1) as runner:
+            reference = runner.run(lab.Graph.load(source), some)
+            for number, first in enumerate(ways):
+                result = lab.optimize(
+                    source,
+                    f"{target}.{number}",
+                    steps=(*first, f"quantize:{options}", "correct-bias", "encode", "strip:names=true"),
+                    data=data.Dataset(feeds, source="calibration"),
+                    allow_growth=True,
+                    cache=False,
+                )
+                loss = loss_of(reference, runner.run(lab.Graph.load(f"{target}.{number}"), some))
+                tried.append((loss, number, result.report))
+        loss, number, report = min(tried, key=lambda one: one[0])
+        for _, other, _ in tried:
+            file = Path(f"{target}.{other}")
+            file.replace(target) if other == number else file.unlink()
+        quantized = next(step for step in report.steps if step.name == "quantize")
         left = [change.detail["float_macs"] for change in quantized.changes if "float_macs" in change.detail]
-        return {"float_macs": sum(left), "refusals": kept[:40]}
+        kept = [r.reason for step in report.steps for r in step.refusals]
+        return {"float_macs": sum(left), "equalized": number == 0, "loss": loss, "refusals": kept[:40]}
 
     return run
 
@@ -149,22 +163,10 @@ def _nncf() -> Job:
     return run
 
 
-def _static(options: str) -> Job:
-    steps = (
-        "simplify",
-        "equalize:parts=1",
-        f"quantize:{options}",
-        "correct-bias",
-        "encode",
-        "strip:names=true",
-    )
-    return _ours(*steps)
-
-
 TOOLS: dict[str, Callable[[], Job]] = {
-    OURS: lambda: _static("float_macs=0.1"),
-    f"{OURS} float sums": lambda: _static("float_macs=0.1,float_sums=true"),
-    f"{OURS} all int8": lambda: _static("float_macs=0"),
+    OURS: lambda: _ours("float_macs=0.1"),
+    f"{OURS} float sums": lambda: _ours("float_macs=0.1,float_sums=true"),
+    f"{OURS} all int8": lambda: _ours("float_macs=0"),
     "onnxruntime minmax": lambda: _onnxruntime("MinMax"),
     "onnxruntime minmax signed": lambda: _onnxruntime("MinMax", unsigned=False),
     "onnxruntime entropy": lambda: _onnxruntime("Entropy"),

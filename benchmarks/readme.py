@@ -129,7 +129,13 @@ def oneshot_table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         ratio = row["bytes_before"] / row["bytes_after"]
         error = f"{row['error_before']:.2f} -> {row['error_after']:.2f} %"
-        cells = (row["model"], f"`{row['passes']}`", f"{row['bytes_after'] / 1000:,.1f}", f"{ratio:.1f}x", error)
+        cells = (
+            row["model"],
+            f"`{row['passes']}`",
+            f"{row['bytes_after'] / 1000:,.1f}",
+            f"{ratio:.1f}x",
+            error,
+        )
         lines.append(f"| {' | '.join(cells)} | {row['seconds']:.0f} |")
     return "\n".join(lines)
 

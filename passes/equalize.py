@@ -31,7 +31,8 @@ class Equalize(Pass):
 
     f is anything through which a positive scale of channels passes: Relu, LeakyRelu, pooling, Pad with 0,
     Reshape, Transpose, Resize, Slice, Gather, Concat, Split, Add of branches (which then share their scales), Mul by a gate,
-    the product of attention weights with the values. All readers of a value are scaled together.
+    the root of a sum of squares, the product of attention weights with the values. All readers of a value are
+    scaled together.
 
     mode=weights makes the ranges of W1's rows and W2's columns equal (Nagel et al. 2019, section 4.1);
     mode=activations moves the outliers of activations into the weights (Xiao et al. 2022, SmoothQuant);

@@ -71,7 +71,11 @@ def test_bias_is_scaled_and_a_shared_one_is_not_touched():
     [
         ("r = Sigmoid(h) y = MatMul(r, w)", "Sigmoid does not let a scale through"),
         ("r = Clip(h, zero, six) y = MatMul(r, w)", "Clip is not homogeneous (bounds 0 and 6"),
-        ("r = Mul(h, h) y = MatMul(r, w)", "two scaled values"),
+        ("r = Mul(h, h) y = MatMul(r, w)", "Mul is not part of a root of a sum of squares"),
+        ("r = Sqrt(h) y = MatMul(r, w)", "Sqrt is not part of"),
+        ("p = Mul(h, h) q = Abs(p) s = Add(q, p) r = Sqrt(s) y = MatMul(r, w)", "Sqrt is not part of"),
+        ("p = Mul(h, h) q = Add(p, six) r = Sqrt(q) y = MatMul(r, w)", "is not part of"),
+        ("p = Mul(h, h) q = Mul(x, h) s = Add(p, q) r = Sqrt(s) y = MatMul(r, w)", "is not part of"),
         ("r = Softmax(h) y = MatMul(r, w)", "Softmax"),
         ("y = MatMul(h, w) k = Exp(h)", "Exp"),
     ],
@@ -398,6 +402,36 @@ def test_scales_pass_what_takes_places_along_other_axes(middle, readable):
     )
     assert len(outcome.changes) == 1
     assert np.abs(graph.constant("v")).max(0).tolist() == [8, 8]
+
+
+@pytest.mark.parametrize("square", ["Mul({0}, {0})", "Pow({0}, two)"])
+def test_scales_pass_the_magnitude_of_a_spectrum(square):
+    """Real and imaginary parts of a channel lie in two halves of what a layer gives."""
+    one, two = square.format("a"), square.format("b")
+    graph, outcome = apply(
+        """g (float[n,2] x) => (float[n,2] y) <float[2,4] v = {64, 0, 16, 0, 0, 1, 0, 1}, float[2,2] w = {1, 0, 0, 64},
+            float two = {2}, int64[1] zero = {0}, int64[1] half = {2}, int64[1] all = {4}, int64[1] axes = {1}>
+        { h = MatMul(x, v) a = Slice(h, zero, half, axes) b = Slice(h, half, all, axes) p = ONE q = TWO
+          s = Add(p, q) m = Sqrt(s) y = MatMul(m, w) }""".replace("ONE", one).replace("TWO", two)
+    )
+    assert [change.detail["channels"] for change in outcome.changes] == [2]
+    rows = np.abs(graph.constant("v")).max(0)
+    assert rows[0] / rows[2] == 4, "both halves of a channel have one scale"
+    assert rows[0] < 64 < 64 * rows[1]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_scales_pass_a_slice_of_the_channels_if_it_is_known(known):
+    graph, outcome = apply(
+        f"""g (float[n,2] x, int64[1] given) => (float[n,k] y)
+        <float[2,3] v = {{64, 0, 9, 0, 1, 9}}, float[2,2] w = {{1, 0, 0, 64}}, int64[1] zero = {{0}}, int64[1] two = {{2}},
+         int64[1] axes = {{1}}>
+        {{ h = MatMul(x, v) r = Relu(h) a = Slice(r, {"zero" if known else "given"}, two, axes)
+          {"y = MatMul(a, w)" if known else "b = Relu(a) c = Transpose(b) y = Abs(c)"} }}"""
+    )
+    assert len(outcome.changes) == known
+    rows = np.abs(graph.constant("v")).max(0)
+    assert rows[0] / rows[1] == pytest.approx(1 if known else 64)
 
 
 def test_a_gather_along_the_channels_keeps_them_together():

@@ -7,7 +7,7 @@ theirs, or freezes what cannot be scaled, with the reason.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -15,6 +15,7 @@ from onnx import NodeProto
 
 from onnxslim_lab.equalization.indexing import Index, reshaped, varying
 from onnxslim_lab.equalization.joins import joint, matmul, product
+from onnxslim_lab.equalization.magnitudes import magnitude
 from onnxslim_lab.equalization.region import Region
 from onnxslim_lab.graph import attribute, is_op
 from onnxslim_lab.rewriting.patterns import clip_bounds, scalar
@@ -166,22 +167,62 @@ def _resize(region: Region, node: NodeProto) -> None:
 
 
 def _slice(region: Region, node: NodeProto) -> None:
-    """Relate the sides of a Slice: along its axes there may be one scale only."""
-    graph = region.graph
-    if len(node.input) < 2:
-        axes = attribute(node, "axes", range(len(attribute(node, "starts", ()))))
-    elif len(node.input) > 3 and node.input[3]:
-        axes = graph.constant(node.input[3])
-    else:
-        starts = graph.constant_type(node.input[1])
-        axes = None if starts is None else range(starts[1][0])
+    """Relate the sides of a Slice: the channels it takes keep theirs; along its other axes there is one scale."""
+    cuts = _cuts(region, node)
 
     def step(index: Index) -> Index | None:
-        if axes is None:
-            return None
-        return region.collapse(index, sorted({int(axis) % index.ndim for axis in axes}))
+        return None if cuts is None else region.collapse(index, sorted(axis % index.ndim for axis in cuts))
 
-    _both_ways(region, node, step, step, "axes of Slice are not known")
+    known = next(
+        (
+            index
+            for value in (node.input[0], node.output[0])
+            if (index := region.indices.get(value)) is not None
+        ),
+        None,
+    )
+    whole = region.shape(node.input[0])
+    if known is None or cuts is None or whole is None:
+        _both_ways(region, node, step, step, "axes of Slice are not known")
+        return
+    placed = {axis % len(whole): cut for axis, cut in cuts.items()}
+    channels = [axis for axis in varying(known) if axis in placed]
+    size = whole[channels[0]] if len(channels) == 1 else None
+    cut = placed[channels[0]] if len(channels) == 1 else None
+    if not isinstance(size, int) or cut is None or set(varying(known)) != set(channels):
+        _both_ways(region, node, step, step, "axes of Slice are not known")
+        return
+    form = [1] * len(whole)
+    form[channels[0]] = size
+    index = region.indices.get(node.input[0])
+    if index is None:
+        index = region.variables(size).reshape(form)
+    region.know(node.input[0], np.broadcast_to(index, form))
+    region.know(node.output[0], np.broadcast_to(index, form)[(slice(None),) * channels[0] + (cut,)])
+
+
+def _cuts(region: Region, node: NodeProto) -> dict[int, slice | None] | None:
+    """Return what a Slice takes of each axis that it names, None for unknown bounds; None for unknown axes."""
+    graph = region.graph
+    given: list[Sequence[int] | None]
+    if len(node.input) < 2:
+        given = [attribute(node, name) for name in ("starts", "ends", "axes", "steps")]
+    else:
+        constants = [graph.constant(name) if name else None for name in node.input[1:5]]
+        given = [None if values is None else values.reshape(-1).tolist() for values in constants]
+        if any(name and values is None for name, values in zip(node.input[3:4], given[2:3], strict=True)):
+            return None
+    starts, ends, axes, steps = (*given, None, None)[:4]
+    if axes is None:
+        if starts is None:
+            return None
+        axes = range(len(starts))
+    if starts is None or ends is None or (steps is None and len(node.input) > 4 and node.input[4]):
+        return dict.fromkeys(axes)
+    steps = [1] * len(starts) if steps is None else steps
+    if min(steps, default=1) < 1:
+        return dict.fromkeys(axes)
+    return {axis: slice(*bounds) for axis, *bounds in zip(axes, starts, ends, steps, strict=True)}
 
 
 def _gather(region: Region, node: NodeProto) -> None:
@@ -255,6 +296,7 @@ CARRIERS: dict[str, Carrier] = {
     "Gather": _gather,
     "MatMul": matmul,
     "Pad": _pad,
+    **dict.fromkeys(("Pow", "Sqrt"), magnitude),
     "Slice": _slice,
     "Transpose": _transpose,
 }

@@ -6,6 +6,7 @@ import numpy as np
 from onnx import NodeProto
 
 from onnxslim_lab.equalization.indexing import Index, common_shape, varying
+from onnxslim_lab.equalization.magnitudes import is_square, magnitude
 from onnxslim_lab.equalization.region import ConstantEnd, Region
 from onnxslim_lab.graph import is_op
 
@@ -66,6 +67,9 @@ def _restrict(region: Region, value: str, whole: Index) -> None:
 
 def product(region: Region, node: NodeProto) -> None:
     """Relate one factor of Mul, or the dividend of Div, with the result."""
+    if is_op(node, "Mul") and is_square(region.graph, node):
+        magnitude(region, node)
+        return
     graph, result = region.graph, node.output[0]
     known = [value for value in node.input if value in region.indices]
     fixed = [slot for slot, name in enumerate(node.input) if graph.is_constant(name)]
