@@ -288,6 +288,11 @@ class GraphIndex:
             graph = graph.parent
         return graph
 
+    def captured_by(self, node: NodeProto) -> set[str]:
+        """Return the values that a node's bodies read from this graph and those around it."""
+        bodies = self._bodies.get(id(node), {}).values()
+        return {name for group in bodies for body in group for name in body.captured()}
+
     def captured(self) -> set[str]:
         """Return the values this graph reads from the graphs around it."""
         self._refresh()
@@ -317,10 +322,7 @@ class GraphIndex:
             key, owner = self._stale.popitem()
             if key not in self._nodes:
                 continue
-            now: set[str] = set()
-            for bodies in self._bodies.get(key, {}).values():
-                for body in bodies:
-                    now |= body.captured()
+            now = self.captured_by(owner)
             before = self._captures.get(key, set())
             for name in before - now:
                 self._drop_use(name, key, slots=1)

@@ -95,10 +95,8 @@ def borders(graph: Graph) -> dict[str, NodeProto]:
     fixed = {name for name in graph.initializers if graph.is_constant(name)} | {""}
     found: dict[str, NodeProto] = {}
     for node in graph.nodes:
-        captured = [
-            name for group in graph.bodies(node).values() for body in group for name in body.captured()
-        ]
-        if node.op_type == "Constant" or (node.input and fixed.issuperset((*node.input, *captured))):
+        read = graph.captured_by(node).union(node.input)
+        if node.op_type == "Constant" or (node.input and fixed.issuperset(read)):
             fixed.update(node.output)
         elif quantizes(node):
             found.update((name, node) for name in node.output if name)

@@ -81,7 +81,7 @@ class Verifier:
     reference: list[Feed] | None = None
     _source: Graph | None = None
     _streamed: bool = False
-    _noise: float = 0.0  # of the last lossy result, whose codes flip by what rounding leaves of a sum
+    _lossy: Graph | None = None  # the last lossy result, whose codes flip by what rounding leaves of a sum
 
     @property
     def feeds(self) -> Sequence[Feed]:
@@ -130,11 +130,14 @@ class Verifier:
         except LabError as error:
             return Verdict(status="failed", reason=str(error))
         errors = compare_outputs(self.reference if exact else self.original, result)
-        verdict = judge(errors, max(self.tolerance, self._noise)) if exact else measure(errors)
+        verdict = judge(errors, self.tolerance) if exact else measure(errors)
+        if verdict.status == "failed" and exact and self._lossy is not None:
+            noise = NOISE_FACTOR * self.runner.noise(self._lossy, self.feeds)
+            verdict = judge(errors, max(self.tolerance, noise))
         if verdict.status != "failed":
             self.reference = result
             if not exact and not self._streamed:
-                self._noise = NOISE_FACTOR * self.runner.noise(graph, self.feeds)
+                self._lossy = graph.copy()
         return verdict
 
     def final(self, graph: Graph, *, exact: bool) -> tuple[Verdict, Verdict]:

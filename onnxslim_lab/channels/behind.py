@@ -10,14 +10,14 @@ import numpy as np
 from onnxslim_lab.channels.cutting import Kept
 from onnxslim_lab.graph import Graph
 from onnxslim_lab.layers import Layer, find_layers
-from onnxslim_lab.statistics.collected import place
+from onnxslim_lab.statistics.collected import node_place, place
 
 Key = tuple[Any, ...]
 
 
 def key_of(layer: Layer) -> Key:
     """Return what the same layer has in a copy of the model: its graph's place, an output's name, its role."""
-    return place(layer.graph), next(filter(None, layer.node.output), ""), layer.role
+    return *node_place(layer.graph, layer.node), layer.role
 
 
 class Kinship:

@@ -13,6 +13,7 @@ from onnxslim_lab.channels.allocation import Ranking
 from onnxslim_lab.channels.groups import Group, Side
 from onnxslim_lab.layers import Layer
 from onnxslim_lab.second_order.choose import output_energy
+from onnxslim_lab.second_order.obs import RAISES
 from onnxslim_lab.statistics import Gram
 
 Doubles = NDArray[np.float64]
@@ -156,7 +157,7 @@ def inverse_in_place(matrix: Doubles, damping: float) -> Doubles:
     mean = float(diagonal.mean()) if diagonal.any() else 1.0
     diagonal[...] = np.where(diagonal > 0, diagonal, mean) + damping * mean
     before = diagonal.copy()
-    for part in (0.0, *(10.0**power for power in range(-8, -1))):
+    for part in (0.0, *RAISES):
         diagonal[...] = before + part * float(before.mean())
         _, failed = dpotrf(matrix.T, lower=1, clean=0, overwrite_a=1)
         if not failed:

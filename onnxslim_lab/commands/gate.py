@@ -25,19 +25,12 @@ from onnxslim_lab.errors import ParameterError, SaveError, quote, suggest
 _FORMATS = ("json", "junit", "sarif", "github", "summary", "gitlab")
 
 
-def _print_example(*, wanted: bool) -> None:
+def _print(name: str, *, wanted: bool) -> None:
+    """Print what a function of `onnxslim_lab.gate.example` returns, and end the command."""
     if wanted:
-        from onnxslim_lab.gate.example import example_config  # noqa: PLC0415 - `--help` must not wait for numpy
+        from onnxslim_lab.gate import example  # noqa: PLC0415 - `--help` must not wait for numpy
 
-        print_json(example_config().removesuffix("\n"))
-        raise typer.Exit
-
-
-def _print_schema(*, wanted: bool) -> None:
-    if wanted:
-        from onnxslim_lab.gate.example import schema  # noqa: PLC0415
-
-        print_json(schema())
+        print_json(getattr(example, name)().removesuffix("\n"))
         raise typer.Exit
 
 
@@ -89,7 +82,7 @@ def gate(
         typer.Option(
             "--example",
             is_eager=True,
-            callback=lambda value: _print_example(wanted=value),
+            callback=lambda value: _print("example_config", wanted=value),
             help="Print a gate.yaml with every budget explained, and exit.",
         ),
     ] = False,
@@ -98,7 +91,7 @@ def gate(
         typer.Option(
             "--schema",
             is_eager=True,
-            callback=lambda value: _print_schema(wanted=value),
+            callback=lambda value: _print("schema", wanted=value),
             help="Print the JSON schema of gate.yaml, and exit.",
         ),
     ] = False,

@@ -21,6 +21,17 @@ class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+class _Limits(Part):
+    """Several limits of one thing, the fields that default to None; at least one is given."""
+
+    @model_validator(mode="after")
+    def _some_limit(self) -> Self:
+        names = [name for name, field in type(self).model_fields.items() if field.default is None]
+        if all(getattr(self, name) is None for name in names):
+            raise ValueError(f"give at least one of {', '.join(names[:-1])} and {names[-1]}")
+        return self
+
+
 class MetricBudget(Part):
     """How far a metric may drop on paired samples; one of `drop` and `relative_drop`."""
 
@@ -49,7 +60,7 @@ class AgreementBudget(Part):
     )
 
 
-class OutputErrorBudget(Part):
+class OutputErrorBudget(_Limits):
     """How far outputs may be from the baseline's, over all samples; `output` "*" is every output."""
 
     output: str = Field("*", description="name of an output, or * for each")
@@ -58,14 +69,8 @@ class OutputErrorBudget(Part):
     sqnr_db: float | None = Field(None, description="least signal to noise in dB")
     cosine: float | None = Field(None, ge=-1, le=1, description="least cosine")
 
-    @model_validator(mode="after")
-    def _some_limit(self) -> Self:
-        if self.relative is self.max_abs is self.sqnr_db is self.cosine is None:
-            raise ValueError("give at least one of relative, max_abs, sqnr_db and cosine")
-        return self
 
-
-class LatencyBudget(Part):
+class LatencyBudget(_Limits):
     """Time of one run, candidate and baseline in turn on this machine."""
 
     ratio: float | None = Field(None, gt=0, description="largest median of candidate / baseline")
@@ -73,14 +78,8 @@ class LatencyBudget(Part):
     pairs: int = Field(60, ge=10, description="timed pairs")
     threads: int = Field(1, ge=0, description="threads of onnxruntime; 0 lets it choose")
 
-    @model_validator(mode="after")
-    def _some_limit(self) -> Self:
-        if self.ratio is self.milliseconds is None:
-            raise ValueError("give at least one of ratio and milliseconds")
-        return self
 
-
-class CoverageBudget(Part):
+class CoverageBudget(_Limits):
     """How much of the weights must be compressed."""
 
     quantized: float | None = Field(
@@ -89,12 +88,6 @@ class CoverageBudget(Part):
     pruned: float | None = Field(
         None, gt=0, le=1, description="least share of the layers' weights that are zero"
     )
-
-    @model_validator(mode="after")
-    def _some_limit(self) -> Self:
-        if self.quantized is self.pruned is None:
-            raise ValueError("give at least one of quantized and pruned")
-        return self
 
 
 class OpsetBudget(Part):

@@ -17,13 +17,13 @@ from onnxslim_lab.quantization.numerics import Grid, grid_of, quantize, weight_g
 from onnxslim_lab.quantization.placement import Placement, place
 from onnxslim_lab.quantization.ranges import Method, Range, allow_for_unseen, choose_range
 from onnxslim_lab.quantization.shielding import keep_float, keep_on_codes
-from onnxslim_lab.quantization.static_layers import Key, StaticLayer, added_bias, key_of, weight_axis
+from onnxslim_lab.quantization.static_layers import Key, StaticLayer, added_bias, weight_axis
 from onnxslim_lab.quantization.static_types import widened, widens
 from onnxslim_lab.quantization.sums import summable, write_sums
 from onnxslim_lab.quantization.types import QuantType
 from onnxslim_lab.quantization.writer import GraphWriter, widen_for_bias
 from onnxslim_lab.statistics import Statistics, ValueStatistics
-from onnxslim_lab.statistics.collected import Place
+from onnxslim_lab.statistics.collected import Place, node_place
 from onnxslim_lab.statistics.collected import place as place_of
 from onnxslim_lab.targets.model import Profile
 
@@ -177,7 +177,7 @@ class Plan:
     def _here(part: Graph, chosen: Mapping[Key, StaticLayer]) -> list[tuple[StaticLayer, Layer]]:
         pairs = []
         for layer in find_layers(part)[0]:
-            planned = chosen.get(key_of(part, layer.node)) if layer.role == "weight" else None
+            planned = chosen.get(node_place(part, layer.node)) if layer.role == "weight" else None
             if planned is not None:
                 pairs.append((planned, layer))
         return pairs

@@ -15,11 +15,12 @@ from onnxslim_lab.macs import model_macs
 from onnxslim_lab.profiles import find_profile
 from onnxslim_lab.quantization.layer_rounding import output_shift, round_layer
 from onnxslim_lab.quantization.plan import Plan, Scheme, bias_of, values_of
-from onnxslim_lab.quantization.static_layers import StaticLayer, key_of, why_not_static
+from onnxslim_lab.quantization.static_layers import StaticLayer, why_not_static
 from onnxslim_lab.quantization.static_types import check_types
 from onnxslim_lab.quantization.types import find_type
 from onnxslim_lab.selection import Target
 from onnxslim_lab.statistics import Calibration, Statistics, Want
+from onnxslim_lab.statistics.collected import node_place
 
 if TYPE_CHECKING:
     from onnxslim_lab.passes.quantize import Quantize
@@ -57,7 +58,7 @@ def plan_layers(
     model: Graph, targets: list[Target], scheme: Scheme, dims: dict[str, int]
 ) -> tuple[list[StaticLayer], list[tuple[Layer, str]]]:
     """Return the layers that can run on codes, and those that cannot, with the reason."""
-    counts = {key_of(layer.graph, layer.node): count for layer, count in model_macs(model, dims).layers}
+    counts = {node_place(layer.graph, layer.node): count for layer, count in model_macs(model, dims).layers}
     found: list[StaticLayer] = []
     others: list[tuple[Layer, str]] = []
     names: Counter[str] = Counter()
@@ -66,7 +67,7 @@ def plan_layers(
         if reason:
             others.append((layer, reason))
             continue
-        key = key_of(layer.graph, layer.node)
+        key = node_place(layer.graph, layer.node)
         names[layer.name] += 1
         name = layer.name if names[layer.name] == 1 else f"{layer.name}#{names[layer.name]}"
         found.append(StaticLayer(name, key, layer, counts.get(key)))

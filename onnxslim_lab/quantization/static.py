@@ -126,7 +126,6 @@ def _stay_float(judge: Judge, step: Quantize, context: Context, outcome: Outcome
     Results that spoil the outputs stay float if asked for.
     """
     plan = judge.plan
-
     if step.float_sums and not plan.scheme.by_codes:
         outcome.refuse(plan.model.name, "no float sums: they are for onnxruntime and activations in uint8")
     if step.float_sums:

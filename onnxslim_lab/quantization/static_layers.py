@@ -41,11 +41,6 @@ class StaticLayer:
     macs: int | None
 
 
-def key_of(graph: Graph, node: NodeProto) -> Key:
-    """Return where a node is."""
-    return collected.place(graph), next(filter(None, node.output), "")
-
-
 def why_not_static(layer: Layer, profile: Profile) -> str:
     """Return why a layer cannot run on codes for this target, "" when it can."""
     op_type, node = layer.op_type, layer.node

@@ -9,6 +9,7 @@ the old ones, and `restore_codes` puts them back where nothing was quantized.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,8 +64,8 @@ def decode_codes(model: Graph) -> list[Decoded]:
                 where=place(graph),
                 value=product.output[0],
                 array=values,
-                cast=_copy(cast),
-                product=_copy(product),
+                cast=deepcopy(cast),
+                product=deepcopy(product),
                 codes=(codes, np.array(array[0])),
                 scale=(scale, np.array(array[1])),
             )
@@ -123,9 +124,3 @@ def _weights(graph: Graph) -> Iterator[tuple[NodeProto, NodeProto, str]]:
             if kind and wide and kind[0] in _CODES and wide[0] in (TensorProto.FLOAT, TensorProto.FLOAT16):
                 yield product, cast, scale
                 break
-
-
-def _copy(node: NodeProto) -> NodeProto:
-    copy = NodeProto()
-    copy.CopyFrom(node)
-    return copy

@@ -37,7 +37,7 @@ def remove_unused(graph: Graph, node: NodeProto) -> None:
     """Remove a node that nothing reads, and the nodes and initializers that only it kept in use."""
     if node not in graph or not is_unused(graph, node):
         return
-    captured = {name for bodies in graph.bodies(node).values() for body in bodies for name in body.captured()}
+    captured = graph.captured_by(node)
     graph.remove(node)
     release(graph, captured.union(node.input))
 
@@ -55,11 +55,6 @@ def release(graph: Graph, names: Iterable[str]) -> None:
             if scope.is_constant(name) and is_spare(scope, name):
                 scope.remove_constant(name)
         elif is_unused(scope, producer):
-            captured = {
-                name
-                for bodies in scope.bodies(producer).values()
-                for body in bodies
-                for name in body.captured()
-            }
+            captured = scope.captured_by(producer)
             scope.remove(producer)
             stack += [(scope, name) for name in captured.union(producer.input) if name]

@@ -234,9 +234,7 @@ class Plan:
             formal = tuple(called.inputs)
             function = self._call(called, key, resolve(node, self.bound))
         elif (domain, node.op_type) in runtime_control.CONTROL:
-            captured = sorted(
-                {name for group in bodies.values() for body in group for name in body.captured()}
-            )
+            captured = sorted(graph.captured_by(node))
             outside = [self._slot(name) for name in captured]
             plans = {
                 name: Plan(group[0], self.machine, self.bound, captured, self)

@@ -47,6 +47,10 @@ class Elimination:
         return needed
 
 
+RAISES = tuple(10.0**power for power in range(-8, -1))
+"""Parts of the mean diagonal that are added, one after the other, to a matrix that rounding left indefinite."""
+
+
 def damped(gram: Doubles, damping: float) -> Doubles:
     """Return Gram matrices (..., n, n) with `damping` times the mean of the diagonal added to the diagonal.
 
@@ -75,11 +79,11 @@ def inverse(gram: Doubles) -> Doubles:
 def _cholesky(gram: Doubles) -> Doubles:
     mean = np.einsum("...ii->...i", gram).mean(axis=-1)[..., None, None]
     raised = gram
-    for power in range(-8, -1):
+    for part in RAISES:
         try:
             return np.asarray(np.linalg.cholesky(raised))
         except np.linalg.LinAlgError:
-            raised = gram + 10.0**power * mean * np.eye(gram.shape[-1])
+            raised = gram + part * mean * np.eye(gram.shape[-1])
     return np.asarray(np.linalg.cholesky(raised))
 
 

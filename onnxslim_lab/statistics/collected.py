@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from onnx import NodeProto
+
 from onnxslim_lab.errors import ParameterError, quote
 from onnxslim_lab.graph import Graph, domain_of
 from onnxslim_lab.statistics.values import ValueStatistics
@@ -39,6 +41,11 @@ class Want:
     histogram: bool = False
     axis: int | None = None
     average: bool = True
+
+
+def node_place(graph: Graph, node: NodeProto) -> tuple[Place, str]:
+    """Return where a node is in its model: the place of its graph and the name of its first output."""
+    return place(graph), next(filter(None, node.output), "")
 
 
 def place(graph: Graph) -> Place:
