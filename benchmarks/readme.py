@@ -4,8 +4,12 @@
     python benchmarks/storage.py --models lenet300,lenet5 --sparsity 0.6 --json storage.json
     python benchmarks/runtime.py --json runtime.json
     python benchmarks/oneshot.py --json oneshot.json
+    python benchmarks/sparsity.py --json sparsity.json
+    python benchmarks/factorize.py --json factorize.json
+    python benchmarks/channels.py --json channels.json
     python benchmarks/quantization.py --peers PYTHON --json quantization.json
-    python benchmarks/readme.py [--simplify simplify.json] [--storage storage.json ...] [--runtime runtime.json] [--oneshot oneshot.json]
+    python benchmarks/readme.py [--simplify simplify.json] [--storage storage.json ...] [--runtime runtime.json]
+        [--oneshot oneshot.json] [--sparsity sparsity.json] [--factorize factorize.json] [--channels channels.json]
         [--quantization quantization.json]
 
 Each table stands between two comments, `<!-- table: NAME -->` and `<!-- end -->`; tables whose figures are
@@ -19,6 +23,7 @@ import json
 import math
 import re
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +145,53 @@ def oneshot_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def sparsity_table(rows: list[dict[str, Any]]) -> str:
+    """Return the output error that the best scope of each criterion leaves."""
+    lines = ["| model | zeros | magnitude | wanda | obs | over wanda |", "|---|---|---|---|---|---|"]
+    for model, pattern in dict.fromkeys((row["model"], row["pattern"]) for row in rows):
+        errors = {
+            tool: min(
+                row["error"]
+                for row in rows
+                if (row["model"], row["pattern"], row["tool"]) == (model, pattern, tool)
+            )
+            for tool in ("magnitude", "wanda", "obs")
+        }
+        gain = 20 * math.log10(errors["wanda"] / errors["obs"])
+        cells = " | ".join(f"{error:.3f}" for error in errors.values())
+        lines.append(f"| {model} | {pattern} | {cells} | {gain:+.1f} dB |")
+    return "\n".join(lines)
+
+
+def factorize_table(rows: list[dict[str, Any]]) -> str:
+    """Return the geometric means of the layers' errors, relative to plain SVD's."""
+    lines = ["| model | matrices | pivoted QR | whitened | whitened, unseen |", "|---|---|---|---|---|"]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        mine = [row for row in rows if row["model"] == model]
+        means = [
+            geometric_mean([row[data][method] / row[data]["svd"] for row in mine])
+            for method, data in (("qr", "seen"), ("whitened", "seen"), ("whitened", "unseen"))
+        ]
+        lines.append(f"| {model} | {len(mine)} | {' | '.join(f'{mean:.3f}' for mean in means)} |")
+    return "\n".join(lines)
+
+
+def channels_table(rows: list[dict[str, Any]]) -> str:
+    """Return multiply-accumulates, latency and agreement without some of the channels."""
+    lines = [
+        "| model | MACs | latency | 95 % interval | agreement, refitted | not refitted |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        agreed = [row[key] for key in ("agreement", "agreement_without")]
+        cells = ["" if math.isnan(share) else f"{share:.1f} %" for share in agreed]
+        lines.append(
+            f"| {row['model']} | {row['macs']:.2f} | {row['ratio']:.2f} | {row['low']:.2f} to {row['high']:.2f} "
+            f"| {' | '.join(cells)} |"
+        )
+    return "\n".join(lines)
+
+
 def quantization_table(document: dict[str, list[dict[str, Any]]]) -> str:
     """Return signal to noise, the model's own metric, file and latency of int8 models, ours and the best peer's."""
     lines = [
@@ -182,35 +234,34 @@ def replace(text: str, name: str, table: str) -> str:
     return re.sub(pattern, lambda match: f"{match[1]}{table}\n{match[2]}", text, flags=re.DOTALL)
 
 
+TABLES: dict[str, Callable[[Any], str]] = {
+    "simplify": lambda document: f"{simplify_table(document)}\n\n{speed_line(document)}",
+    "runtime": runtime_table,
+    "oneshot": oneshot_table,
+    "sparsity": sparsity_table,
+    "factorize": factorize_table,
+    "channels": channels_table,
+    "quantization": quantization_table,
+}
+
+
 def main() -> None:
     """Read the options and rewrite the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--simplify", type=Path, metavar="FILE")
     parser.add_argument("--storage", type=Path, metavar="FILE", nargs="*", default=[])
-    parser.add_argument("--runtime", type=Path, metavar="FILE")
-    parser.add_argument("--oneshot", type=Path, metavar="FILE")
-    parser.add_argument("--quantization", type=Path, metavar="FILE")
+    for name in TABLES:
+        parser.add_argument(f"--{name}", type=Path, metavar="FILE")
     options = parser.parse_args()
     text = replace(README.read_text(encoding="utf-8"), "passes", describe.markdown(list(PASSES)))
-    if options.simplify:
-        document = json.loads(options.simplify.read_text(encoding="utf-8"))
-        text = replace(text, "simplify", f"{simplify_table(document)}\n\n{speed_line(document)}")
     if options.storage:
         documents = [json.loads(path.read_text(encoding="utf-8")) for path in options.storage]
         text = replace(text, "storage", storage_table(documents))
-    if options.runtime:
-        text = replace(
-            text, "runtime", runtime_table(json.loads(options.runtime.read_text(encoding="utf-8")))
-        )
-    if options.oneshot:
-        text = replace(
-            text, "oneshot", oneshot_table(json.loads(options.oneshot.read_text(encoding="utf-8")))
-        )
-    if options.quantization:
-        document = json.loads(options.quantization.read_text(encoding="utf-8"))
-        text = replace(text, "quantization", quantization_table(document))
+    for name, table in TABLES.items():
+        file = getattr(options, name)
+        if file:
+            text = replace(text, name, table(json.loads(file.read_text(encoding="utf-8"))))
     README.write_text(text, encoding="utf-8")
 
 
