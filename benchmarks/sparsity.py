@@ -39,6 +39,9 @@ SAMPLES = {"vital_minilm_l3": 1024, "efficientnet_lite0": 64, "ppocrv4_rec": 64}
 REFIT = {"efficientnet_lite0": "layer", "ppocrv4_rec": "layer"}  # "network" takes over ten minutes there
 MOST = 0.5  # of magnitude's error
 BETTER = 3.0  # dB over wanda
+ALIKE = (
+    0.005  # rows of odd lengths lose a half weight more or less; refitting fills zeros that were there before
+)
 
 Feed = dict[str, Any]
 
@@ -124,7 +127,8 @@ def missed(rows: list[Row]) -> list[str]:
         found.append(f"{where}: {ratio:.2f} of magnitude's error, the target is {MOST}")
     if gain < BETTER:
         found.append(f"{where}: {gain:+.1f} dB over wanda, the target is {BETTER:+.1f}")
-    if len({round(row.sparsity, 3) for row in rows}) > 1:
+    zeros = [row.sparsity for row in rows]
+    if max(zeros) - min(zeros) > ALIKE:
         found.append(f"{where}: the tools did not prune alike")
     return found
 
