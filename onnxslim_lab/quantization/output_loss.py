@@ -24,7 +24,7 @@ CANDIDATES: tuple[Method, ...] = ("minmax", "mse", "percentile")
 
 _MACS = 1 << 34  # of all feeds that a choice is judged by: a second or so, about what loading the model takes
 _ELEMENTS = 1 << 21  # of all outputs that are compared, likewise
-_FEWEST_FEEDS, _MOST_FEEDS = 4, 32
+_FEWEST_FEEDS, _MOST_FEEDS = 4, 256
 _CLIPS = 1.4  # times the loss of ranges that clip
 _RUNS = 6  # the first of which load
 _SLOWER = 1.05  # what is less is noise
@@ -96,14 +96,17 @@ def slower(context: Context, original: Graph, result: Graph) -> str:
     )
 
 
-def choose_ranges(judge: Judge, without: Sequence[str] = ()) -> str:
-    """Let a plan choose ranges in the way whose outputs are nearest the original's; return what was chosen.
+def choose_ranges(judge: Judge, without: Sequence[str] = ()) -> tuple[str, float]:
+    """Let a plan choose ranges in the way whose outputs are nearest the original's.
 
     Ranges that clip must be better by 1.5 dB: what they clip of data not seen is not in the loss.
 
     Args:
         judge: Its plan is edited.
         without: Names of the layers that stay float.
+
+    Returns:
+        What was chosen, in words, and its loss.
     """
     losses = {}
     for method in CANDIDATES:
@@ -112,7 +115,7 @@ def choose_ranges(judge: Judge, without: Sequence[str] = ()) -> str:
     best = min(losses, key=lambda method: losses[method] * (1 if method == "minmax" else _CLIPS))
     judge.plan.use_ranges(best)
     shown = ", ".join(f"{method} {decibels(loss):.1f}" for method, loss in losses.items())
-    return f"ranges of activations: {best}, by the output error in dB ({shown})"
+    return f"ranges of activations: {best}, by the output error in dB ({shown})", losses[best]
 
 
 def decibels(loss: float) -> float:

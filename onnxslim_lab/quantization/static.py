@@ -12,7 +12,7 @@ from onnxslim_lab.graph import Graph
 from onnxslim_lab.layers import Layer
 from onnxslim_lab.macs import fed_sizes
 from onnxslim_lab.quantization import weight_jobs
-from onnxslim_lab.quantization.float_layers import float_layers, float_sums
+from onnxslim_lab.quantization.float_layers import choose_float, float_sums
 from onnxslim_lab.quantization.float_weights import (
     Stored,
     store_float_layers,
@@ -116,7 +116,7 @@ def plan_static(
         return Planned(plan, others, None)
     judge = Judge(plan, context)
     if step.ranges == "auto":
-        outcome.change(plan.model.name, choose_ranges(judge))
+        outcome.change(plan.model.name, choose_ranges(judge)[0])
     return Planned(plan, others, judge)
 
 
@@ -132,8 +132,8 @@ def _stay_float(judge: Judge, step: Quantize, context: Context, outcome: Outcome
         _sum_in_float(judge, (), context, outcome)
     if not step.float_macs:
         return [], 0.0
-    restored, before, after = float_layers(judge, step.float_macs, context)
-    for one in restored:
+    choice = choose_float(judge, step.float_macs, context, ranges=step.ranges == "auto")
+    for one in choice.restored:
         for name in one.names:
             share = one.macs / max(plan.macs, 1)
             part = f"{one.caused:.1%}" if one.caused < 1 else "all"
@@ -142,23 +142,25 @@ def _stay_float(judge: Judge, step: Quantize, context: Context, outcome: Outcome
                 f"stays float: quantized alone it causes {part} of the output error that all cause together, "
                 f"with {share:.2%} of the multiply-accumulates",
             )
-    names = [name for one in restored for name in one.names]
-    if restored:
-        share = sum(one.macs for one in restored) / max(plan.macs, 1)
+    names = choice.names
+    if names:
+        share = sum(one.macs for one in choice.restored) / max(plan.macs, 1)
         what = (
             f"{len(names)} layers with {share:.1%} of the multiply-accumulates stay float: the output error falls "
-            f"from {decibels(before):.1f} to {decibels(after):.1f} dB"
+            f"from {decibels(choice.before):.1f} to {decibels(choice.after):.1f} dB"
         )
         outcome.changes.append(Change(plan.model.name, what, detail={"float_macs": share}))
+        if choice.ranges:
+            outcome.change(plan.model.name, f"then {choice.ranges}")
     else:
         outcome.refuse(
             plan.model.name, "no layer stays float: none saves a noticeable part of the output error"
         )
-    if restored and step.float_sums:
+    if names and step.float_sums:
         _sum_in_float(judge, names, context, outcome)
-    if step.ranges == "auto" and (restored or plan.summed):
-        outcome.change(plan.model.name, f"then {choose_ranges(judge, names)}")
-    return names, after
+    if step.ranges == "auto" and plan.summed:
+        outcome.change(plan.model.name, f"then {choose_ranges(judge, names)[0]}")
+    return names, choice.after
 
 
 def _weights_of(plan: Plan, names: Collection[str]) -> set[Stored]:
