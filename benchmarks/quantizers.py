@@ -26,6 +26,7 @@ from typing import Any
 OURS = "onnxslim_lab"
 TIMEOUT = 1800.0
 JUDGED = 32  # feeds of the calibration data that choose between ways of ours
+MEMORY = 4 << 30  # light_vgg19 decodes to half a gigabyte
 ROOT = Path(__file__).resolve().parents[1]
 
 Feed = dict[str, Any]
@@ -80,7 +81,7 @@ def _ours(options: str) -> Job:
 
     def run(source: str, feeds: list[Feed], target: str) -> dict[str, Any]:
         some, tried = feeds[:JUDGED], []
-        with lab.Runner(threads=1) as runner:
+        with lab.Runner(threads=1, memory=MEMORY) as runner:
             reference = runner.run(lab.Graph.load(source), some)
             for number, first in enumerate(ways):
                 result = lab.optimize(
@@ -90,6 +91,7 @@ def _ours(options: str) -> Job:
                     data=data.Dataset(feeds, source="calibration"),
                     allow_growth=True,
                     cache=False,
+                    memory=MEMORY,
                 )
                 loss = loss_of(reference, runner.run(lab.Graph.load(f"{target}.{number}"), some))
                 tried.append((loss, number, result.report))

@@ -62,14 +62,17 @@ def GroupQueryAttention(
     v_scale: Array | None = None,
     q_norm_weight: Array | None = None,
     k_norm_weight: Array | None = None,
+    query_seqlens: Array | None = None,
     *,
     causal: int = 1,
     do_rotary: int | None = None,
+    k_norm_epsilon: float | None = None,
     k_quant_type: str = "NONE",
     kv_cache_bit_width: int | None = None,
     kv_num_heads: int,
     local_window_size: int = -1,
     num_heads: int,
+    q_norm_epsilon: float | None = None,
     qk_norm_epsilon: float = 9.999999974752427e-07,
     qk_output: int = 0,
     rotary_interleaved: int | None = None,
@@ -85,7 +88,8 @@ def GroupQueryAttention(
     ones last; what lies behind them in the cache, and queries behind them, mean nothing.
 
     Raises:
-        NotImplementedError: The cache is quantized or slides, or the scores are asked for.
+        NotImplementedError: The cache is quantized or slides, the scores are asked for, or queries are padded
+            (`query_seqlens`, onnxruntime 1.32).
         ValueError: There is no rotation table though `do_rotary` is set.
     """
     refuse(
@@ -95,14 +99,15 @@ def GroupQueryAttention(
         kv_cache_bit_width=kv_cache_bit_width,
         sliding_window_cache=sliding_window_cache,
         qk_output=qk_output,
+        query_seqlens=query_seqlens is not None,
     )
     batch, length = query.shape[:2]
     if key is None or value is None:
         size = query.shape[2] // (num_heads + 2 * kv_num_heads)
         ends = [num_heads * size, (num_heads + kv_num_heads) * size]
         query, key, value = np.split(query, ends, -1)
-    q = scaled_heads(heads(query, num_heads), q_norm_weight, qk_norm_epsilon)
-    k = scaled_heads(heads(key, kv_num_heads), k_norm_weight, qk_norm_epsilon)
+    q = scaled_heads(heads(query, num_heads), q_norm_weight, q_norm_epsilon or qk_norm_epsilon)
+    k = scaled_heads(heads(key, kv_num_heads), k_norm_weight, k_norm_epsilon or qk_norm_epsilon)
     v = heads(value, kv_num_heads)
     size, most = q.shape[-1], int(total_sequence_length.reshape(()))
     totals = seqlens_k.reshape(-1).astype(np.int64) + 1

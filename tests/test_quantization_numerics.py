@@ -94,9 +94,10 @@ def test_equals_onnxruntime_and_reference(runner, kind, dtype):
             assert result["q"].dtype == kind.dtype
             if dtype == np.float32:
                 assert equal(codes, result["q"])
-            else:  # onnxruntime divides in float32, the specification in the scale's type
+            else:  # onnxruntime divides in float32 (1.32: by one scale only), the specification in the scale's type
                 wide = Grid(kind, grid.scale.astype(np.float32), grid.zero_point, grid.axis, grid.block)
-                assert equal(quantize(x.astype(np.float32), wide), result["q"])
+                found = quantize(x.astype(np.float32), wide), codes
+                assert any(equal(one, result["q"]) for one in found)
             assert equal(dequantize(result["q"], grid), result["y"])
         inside = np.abs(x) < 300  # the reference converts to int32 before it saturates
         q, y = ReferenceEvaluator(model).run(None, {"x": np.where(inside, x, 0).astype(dtype)})

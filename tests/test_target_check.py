@@ -10,6 +10,7 @@ import pytest
 import typer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from onnx.reference import ReferenceEvaluator
 from qdq_graphs import MIDDLE, QdqModel
 from typer.testing import CliRunner
 
@@ -270,6 +271,9 @@ BROKEN = {
 }
 
 
+FIXED = {"activation per channel": (1, 32)}  # runs in float since that onnxruntime
+
+
 @x86_only
 @pytest.mark.parametrize("name", BROKEN)
 def test_what_is_said_to_fail_fails(name):
@@ -278,9 +282,17 @@ def test_what_is_said_to_fail_fails(name):
     assert "fails" in {severity for severity, *_ in kinds(model)}
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    feed = {"x": np.zeros((1, 4, 8, 8), np.float32)}
+    feed = {"x": np.random.default_rng(0).uniform(-3, 3, (1, 4, 8, 8)).astype(np.float32)}
+
+    def run():
+        return onnxruntime.InferenceSession(model.SerializeToString(), options).run(None, feed)
+
+    installed = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
+    if installed >= FIXED.get(name, (99,)):
+        np.testing.assert_array_equal(run()[0], ReferenceEvaluator(model).run(None, feed)[0])
+        return
     with pytest.raises(Exception, match="ONNXRuntimeError"):
-        onnxruntime.InferenceSession(model.SerializeToString(), options).run(None, feed)
+        run()
 
 
 @x86_only
