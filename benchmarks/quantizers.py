@@ -87,11 +87,13 @@ def _ours(options: str) -> Job:
                 result = lab.optimize(
                     source,
                     f"{target}.{number}",
-                    steps=(*first, f"quantize:{options}", "correct-bias", "encode", "strip:names=true"),
+                    recipe=lab.Recipe.of(
+                        (*first, f"quantize:{options}", "correct-bias", "encode", "strip:names=true"),
+                        memory=MEMORY,
+                    ),
                     data=data.Dataset(feeds, source="calibration"),
                     allow_growth=True,
                     cache=False,
-                    memory=MEMORY,
                 )
                 loss = loss_of(reference, runner.run(lab.Graph.load(f"{target}.{number}"), some))
                 tried.append((loss, number, result.report))
