@@ -293,6 +293,10 @@ class GraphIndex:
         bodies = self._bodies.get(id(node), {}).values()
         return {name for group in bodies for body in group for name in body.captured()}
 
+    def read_by(self, node: NodeProto) -> set[str]:
+        """Return the values that a node and its bodies read, "" where an optional input is not given."""
+        return self.captured_by(node).union(node.input)
+
     def captured(self) -> set[str]:
         """Return the values this graph reads from the graphs around it."""
         self._refresh()

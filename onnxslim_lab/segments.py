@@ -95,8 +95,7 @@ def borders(graph: Graph) -> dict[str, NodeProto]:
     fixed = {name for name in graph.initializers if graph.is_constant(name)} | {""}
     found: dict[str, NodeProto] = {}
     for node in graph.nodes:
-        read = graph.captured_by(node).union(node.input)
-        if node.op_type == "Constant" or (node.input and fixed.issuperset(read)):
+        if node.op_type == "Constant" or (node.input and fixed.issuperset(graph.read_by(node))):
             fixed.update(node.output)
         elif quantizes(node):
             found.update((name, node) for name in node.output if name)

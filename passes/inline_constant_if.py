@@ -60,7 +60,7 @@ def _inline(graph: Graph, node: NodeProto, taken: str) -> list[NodeProto]:
     inner = [item.output[0] for item in body.nodes if is_op(item, "If")]
     names = graph.absorb(body, {})
     found = [graph.producer(names[name]) for name in inner]
-    needed = graph.captured_by(node)
+    read = graph.read_by(node)
     replace_node(graph, node, [names[result] for result in body.outputs])
-    release(graph, needed.union(node.input))
+    release(graph, read)
     return [item for item in found if item is not None]

@@ -10,7 +10,6 @@ from itertools import accumulate
 from onnxslim_lab.base import Context
 from onnxslim_lab.quantization.float_weights import round_in_float
 from onnxslim_lab.quantization.output_loss import Judge, choose_ranges
-from onnxslim_lab.quantization.ranges import Method
 from onnxslim_lab.quantization.static_layers import StaticLayer
 
 GROUPS = 100
@@ -107,15 +106,15 @@ def choose_float(judge: Judge, share: float, context: Context, *, ranges: bool) 
     plan = judge.plan
     if not ranges:
         return float_layers(judge, share, context)
-    found: list[tuple[Choice, Method]] = []
-    for method in dict.fromkeys((plan.method or plan.scheme.ranges, "minmax")):
+    found = []
+    for method in dict.fromkeys((plan.ranges, "minmax")):
         plan.use_ranges(method)
         choice = float_layers(judge, share, context)
         if choice.restored:
-            told, _ = choose_ranges(judge, choice.names)
+            told = choose_ranges(judge, choice.names)
             after = _loss_without(judge, choice.names, coded=choice.coded)
             choice = replace(choice, after=after, ranges=told)
-        found.append((choice, plan.method or method))
+        found.append((choice, plan.ranges))
     best, method = min(found, key=lambda one: one[0].after)
     plan.use_ranges(method)
     return best

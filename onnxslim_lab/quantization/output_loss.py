@@ -96,17 +96,14 @@ def slower(context: Context, original: Graph, result: Graph) -> str:
     )
 
 
-def choose_ranges(judge: Judge, without: Sequence[str] = ()) -> tuple[str, float]:
-    """Let a plan choose ranges in the way whose outputs are nearest the original's.
+def choose_ranges(judge: Judge, without: Sequence[str] = ()) -> str:
+    """Let a plan choose ranges in the way whose outputs are nearest the original's; return what was chosen.
 
     Ranges that clip must be better by 1.5 dB: what they clip of data not seen is not in the loss.
 
     Args:
         judge: Its plan is edited.
         without: Names of the layers that stay float.
-
-    Returns:
-        What was chosen, in words, and its loss.
     """
     losses = {}
     for method in CANDIDATES:
@@ -115,7 +112,7 @@ def choose_ranges(judge: Judge, without: Sequence[str] = ()) -> tuple[str, float
     best = min(losses, key=lambda method: losses[method] * (1 if method == "minmax" else _CLIPS))
     judge.plan.use_ranges(best)
     shown = ", ".join(f"{method} {decibels(loss):.1f}" for method, loss in losses.items())
-    return f"ranges of activations: {best}, by the output error in dB ({shown})", losses[best]
+    return f"ranges of activations: {best}, by the output error in dB ({shown})"
 
 
 def decibels(loss: float) -> float:

@@ -96,6 +96,11 @@ class Plan:
         return sum(layer.macs or 0 for layer in self.layers)
 
     @property
+    def ranges(self) -> Method:
+        """The way that ranges are chosen in, but for single values."""
+        return self.method or self.scheme.ranges
+
+    @property
     def parameters(self) -> int:
         """Elements of the weights of these layers."""
         return sum(layer.layer.parameters for layer in self.layers)
@@ -206,7 +211,7 @@ class Plan:
         """Return the range chosen for a value."""
         scheme = self.scheme
         where = place_of(graph), value
-        method = self.methods.get(where, self.method or scheme.ranges)
+        method = self.methods.get(where, self.ranges)
         key = (*where, method)
         if key not in self._ranges:
             statistics = self.statistics_of(graph, value)

@@ -116,7 +116,7 @@ def plan_static(
         return Planned(plan, others, None)
     judge = Judge(plan, context)
     if step.ranges == "auto":
-        outcome.change(plan.model.name, choose_ranges(judge)[0])
+        outcome.change(plan.model.name, choose_ranges(judge))
     return Planned(plan, others, judge)
 
 
@@ -159,7 +159,7 @@ def _stay_float(judge: Judge, step: Quantize, context: Context, outcome: Outcome
     if names and step.float_sums:
         _sum_in_float(judge, names, context, outcome)
     if step.ranges == "auto" and plan.summed:
-        outcome.change(plan.model.name, f"then {choose_ranges(judge, names)[0]}")
+        outcome.change(plan.model.name, f"then {choose_ranges(judge, names)}")
     return names, choice.after
 
 

@@ -37,9 +37,9 @@ def remove_unused(graph: Graph, node: NodeProto) -> None:
     """Remove a node that nothing reads, and the nodes and initializers that only it kept in use."""
     if node not in graph or not is_unused(graph, node):
         return
-    captured = graph.captured_by(node)
+    read = graph.read_by(node)
     graph.remove(node)
-    release(graph, captured.union(node.input))
+    release(graph, read)
 
 
 def release(graph: Graph, names: Iterable[str]) -> None:
@@ -55,6 +55,6 @@ def release(graph: Graph, names: Iterable[str]) -> None:
             if scope.is_constant(name) and is_spare(scope, name):
                 scope.remove_constant(name)
         elif is_unused(scope, producer):
-            captured = scope.captured_by(producer)
+            read = scope.read_by(producer)
             scope.remove(producer)
-            stack += [(scope, name) for name in captured.union(producer.input) if name]
+            stack += [(scope, name) for name in read if name]

@@ -127,9 +127,7 @@ def live_before(graph: Graph, place: int) -> list[str]:
     """Return the values that the nodes before a place in graph order make and those from there on read."""
     order = graph.nodes
     made = {name for other in order[:place] for name in other.output} | set(graph.inputs)
-    read = {name for other in order[place:] for name in graph.captured_by(other).union(other.input)} | set(
-        graph.outputs
-    )
+    read = set(graph.outputs).union(*(graph.read_by(other) for other in order[place:]))
     return [name for name in sorted(made & read) if name and not graph.is_constant(name)]
 
 
@@ -147,15 +145,10 @@ def part_of(graph: Graph, given: Feed | None, wanted: Sequence[str]) -> Graph:
     for node in reversed(graph.nodes):
         if needed.intersection(node.output):
             kept.add(tuple(node.output))
-            needed.update(name for name in graph.captured_by(node).union(node.input) if name not in start)
+            needed |= graph.read_by(node) - start
     model = graph.to_model()
     nodes = [node for node in model.graph.node if tuple(node.output) in kept]
-    read = {
-        name
-        for node in graph.nodes
-        if tuple(node.output) in kept
-        for name in graph.captured_by(node).union(node.input)
-    }
+    read = {name for node in graph.nodes if tuple(node.output) in kept for name in graph.read_by(node)}
     del model.graph.node[:], model.graph.output[:], model.graph.value_info[:]
     model.graph.node.extend(nodes)
     model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in wanted)
