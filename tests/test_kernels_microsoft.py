@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kernel_checks import MS, SEEDS, both, check, codes, floats, grid, quantized, quick
 from onnx import helper
+from runtime_version import INSTALLED
 
 from onnxslim_lab.kernels import lookup, run
 from onnxslim_lab.kernels.registry import kernels
@@ -128,6 +129,33 @@ def test_group_query_attention(seed, prompt, rotary, window, extras, packed):
         for place in (1, 2):
             state = (have[place][row, :, :last], want[place][row, :, :last])
             np.testing.assert_allclose(*state, rtol=1e-4, atol=1e-5)
+
+
+def group_query_inputs(rng):
+    query, key, value = (floats(rng, 2, 3, heads * 16) for heads in (4, 2, 2))
+    past = [floats(rng, 2, 2, 3, 16) for _ in range(2)]
+    return [query, key, value, *past, np.array([2, 2], np.int32), np.array(3, np.int32)]
+
+
+def test_group_query_attention_has_an_epsilon_for_queries_and_one_for_keys():
+    # the CPU provider refuses these norms: compared with the same attention of normalized queries and keys
+    rng = np.random.default_rng(0)
+    found, inputs = lookup("GroupQueryAttention", MS, 1), group_query_inputs(rng)
+    scales, attributes = [floats(rng, 16), floats(rng, 16)], {"num_heads": 4, "kv_num_heads": 2}
+    norms = {"qk_norm_epsilon": 1e-6, "q_norm_epsilon": 2.0, "k_norm_epsilon": 0.5}
+    have = run(found, [*inputs, *[None] * 7, *scales], attributes | norms)
+    for place, (scale, epsilon) in enumerate(zip(scales, (2.0, 0.5), strict=True)):
+        x = inputs[place].reshape(2, 3, -1, 16)
+        x = x / np.sqrt(np.mean(x**2, -1, keepdims=True) + epsilon) * scale
+        inputs[place] = x.reshape(2, 3, -1).astype(np.float32)
+    for wanted, got in zip(run(found, inputs, attributes), have, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_group_query_attention_refuses_padded_queries():
+    inputs = [*group_query_inputs(np.random.default_rng(0)), *[None] * 9, np.array([3, 2], np.int32)]
+    with pytest.raises(NotImplementedError, match="query_seqlens is not supported"):
+        run(lookup("GroupQueryAttention", MS, 1), inputs, {"num_heads": 4, "kv_num_heads": 2})
 
 
 @quick
@@ -249,19 +277,26 @@ def microsoft_schemas():
     return {s.name: s for s in bindings.get_all_operator_schema() if s.domain == MS}
 
 
+NEWER = {
+    "GroupQueryAttention": {"query_seqlens", "q_norm_epsilon", "k_norm_epsilon"}
+}  # since onnxruntime 1.32
+
+
 @pytest.mark.parametrize("known", [k for k in kernels() if k.domain == MS], ids=lambda known: known.op_type)
 def test_signature_is_that_of_onnxruntime(known):
     schema = microsoft_schemas()[known.op_type]
     parameters = inspect.signature(known.function).parameters
     inputs = [p for p in parameters.values() if p.kind is not p.KEYWORD_ONLY]
-    assert [p.name for p in inputs][: len(schema.inputs)] == [i.name for i in schema.inputs]
-    for parameter, formal in zip(inputs, schema.inputs, strict=False):  # newer ones have more
+    newer = NEWER.get(known.op_type, set()) if INSTALLED < (1, 32) else set()
+    inputs = [p for p in inputs if p.name not in newer]
+    assert [p.name for p in inputs] == [i.name for i in schema.inputs]
+    for parameter, formal in zip(inputs, schema.inputs, strict=True):
         option = str(formal.option).rsplit(".", 1)[-1]
         assert (parameter.kind is parameter.VAR_POSITIONAL) == (option == "Variadic")
         if parameter.default is None:
             assert option == "Optional"
     named = {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
-    assert set(named) >= set(schema.attributes)
+    assert set(named) - newer == set(schema.attributes)
     for name, attribute in schema.attributes.items():
         default = onnx.AttributeProto.FromString(attribute._default_value)
         if attribute.required:
