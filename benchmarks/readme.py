@@ -30,6 +30,7 @@ from typing import Any
 from peers import OURS
 from quantization_metrics import METRICS
 from simplify import geometric_mean
+from sparsity import Row, best_errors
 
 from onnxslim_lab import describe
 from onnxslim_lab.passes import PASSES
@@ -148,15 +149,9 @@ def oneshot_table(rows: list[dict[str, Any]]) -> str:
 def sparsity_table(rows: list[dict[str, Any]]) -> str:
     """Return the output error that the best scope of each criterion leaves."""
     lines = ["| model | zeros | magnitude | wanda | obs | over wanda |", "|---|---|---|---|---|---|"]
-    for model, pattern in dict.fromkeys((row["model"], row["pattern"]) for row in rows):
-        errors = {
-            tool: min(
-                row["error"]
-                for row in rows
-                if (row["model"], row["pattern"], row["tool"]) == (model, pattern, tool)
-            )
-            for tool in ("magnitude", "wanda", "obs")
-        }
+    every = [Row(**row) for row in rows]
+    for model, pattern in dict.fromkeys((row.model, row.pattern) for row in every):
+        errors = best_errors([row for row in every if (row.model, row.pattern) == (model, pattern)])
         gain = 20 * math.log10(errors["wanda"] / errors["obs"])
         cells = " | ".join(f"{error:.3f}" for error in errors.values())
         lines.append(f"| {model} | {pattern} | {cells} | {gain:+.1f} dB |")
