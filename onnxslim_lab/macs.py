@@ -24,15 +24,26 @@ class Macs:
     Attributes:
         layers: Each layer with its count, None where a size is not known; a body counts once.
         assumed: Sizes taken for the symbolic dimensions of the inputs, by name.
+        shapes: Shapes of the values by name, as far as inference knows them.
     """
 
     layers: list[tuple[Layer, int | None]]
     assumed: dict[str, int]
+    shapes: dict[str, tuple[Dim, ...]]
 
     @property
     def total(self) -> int:
         """The sum over the layers whose sizes are known."""
         return sum(count or 0 for _, count in self.layers)
+
+    @property
+    def elements(self) -> dict[str, int]:
+        """The number of elements of the values whose sizes are known, by name."""
+        return {
+            name: math.prod(size for size in shape if isinstance(size, int))
+            for name, shape in self.shapes.items()
+            if all(isinstance(size, int) for size in shape)
+        }
 
     @property
     def unknown(self) -> int:
@@ -60,7 +71,7 @@ def model_macs(graph: Graph, dims: Mapping[str, int] | None = None, *, default: 
     counted = []
     for inner in graph.root.walk():
         counted += [(layer, layer.macs(known)) for layer in find_layers(inner)[0]]
-    return Macs(counted, assumed)
+    return Macs(counted, assumed, known)
 
 
 def fed_sizes(model: Graph, feed: Mapping[str, Value]) -> dict[str, int]:

@@ -11,7 +11,7 @@ from test_quantize import context_of, feeds_of, model_of
 from onnxslim_lab.base import Context, Outcome
 from onnxslim_lab.passes.quantize import Quantize
 from onnxslim_lab.quantization import float_layers, float_weights
-from onnxslim_lab.quantization.float_layers import Choice, Restored, choose, choose_float
+from onnxslim_lab.quantization.float_layers import Choice, Restored, choose_float, pack
 from onnxslim_lab.quantization.float_weights import round_in_float
 from onnxslim_lab.quantization.numerics import dequantize
 from onnxslim_lab.quantization.static import plan_static, scheme_of
@@ -42,10 +42,10 @@ def test_they_are_tried_with_the_weights_of_their_codes_but_for_the_smallest(mon
 )
 def test_what_causes_most_in_all_is_packed_into_the_budget(sizes, budget):
     candidates = [Restored((str(n),), macs, caused) for n, (macs, caused) in enumerate(sizes)]
-    chosen = choose(candidates, budget)
+    chosen = pack(candidates, budget)
     assert len({one.names for one in chosen}) == len(chosen)
     assert sum(one.macs for one in chosen) <= budget
-    worth = [one for one in candidates if one.caused > 0.01]
+    worth = candidates
     units = {one.names: -(-one.macs * 1000 // budget) for one in worth}
     best = max(
         sum(one.caused for one in part)

@@ -1,13 +1,13 @@
-"""Which layers stay float: those that spoil the outputs most for the multiply-accumulates they hold."""
+"""Which layers stay float: those that spoil the outputs most for the time that they take in float."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 from onnxslim_lab.base import Context
+from onnxslim_lab.quantization.float_cost import FloatCost
 from onnxslim_lab.quantization.float_weights import round_in_float
 from onnxslim_lab.quantization.output_loss import Judge, choose_ranges
 from onnxslim_lab.quantization.static_layers import StaticLayer
@@ -16,8 +16,11 @@ GROUPS = 100
 """Most sets of layers whose effect is measured; longer models are cut into runs of neighbours."""
 
 _NOTICEABLE = 0.01  # least part of the loss that a set of layers must cause
-_STEPS = 4  # parts of the chosen layers that are tried
-_WORTH = 0.8  # times the loss, for all that may stay float to do so: 1 dB; a part of it must save its part
+_STEPS = 6  # parts of a choice that are tried
+_WORTH = 0.95  # times the loss, for the time of as many products as may stay float; a part must save its part
+_WORTH_ALONE = 0.9  # likewise, by what layers cause alone: the rest is better chosen beside what that leaves float
+_ENOUGH = 1e-5  # loss of outputs that are rounded to 8 bits themselves (50 dB): nothing stays float for less
+_LEAST_LEFT = 0.02  # part of the loss that stays whatever is restored: what layers cause alone is an estimate
 _ROOM = 1000  # units of the budget that sets of layers are packed by
 _WORTH_BYTES = 0.5  # times the loss, for weights of 16 bits in layers that stay float: 3 dB
 _WORTH_SUMS = 0.9  # times the loss, for float sums, which take less of it
@@ -32,11 +35,13 @@ class Restored:
         names: The layers.
         macs: Their multiply-accumulates.
         caused: The part of the loss that there is when they alone are quantized.
+        beside: Whether it is the part that goes when they stay float beside those chosen before.
     """
 
     names: tuple[str, ...]
     macs: int
     caused: float
+    beside: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Choice:
     """What stays float, and what that gains.
 
     Attributes:
-        restored: The layers, those first that cause most for each multiply-accumulate.
+        restored: The layers, those first that are worth most for their time.
         before: The loss with all layers quantized.
         after: The loss without these, their weights stored as they will be.
         coded: Whether that is in codes like the other weights.
@@ -60,7 +65,12 @@ class Choice:
     @property
     def names(self) -> list[str]:
         """Names of the layers."""
-        return [name for one in self.restored for name in one.names]
+        return _names(self.restored)
+
+    @property
+    def macs(self) -> int:
+        """Their multiply-accumulates."""
+        return sum(one.macs for one in self.restored)
 
 
 def groups_of(layers: Sequence[StaticLayer], most: int = GROUPS) -> list[tuple[StaticLayer, ...]]:
@@ -69,25 +79,64 @@ def groups_of(layers: Sequence[StaticLayer], most: int = GROUPS) -> list[tuple[S
     return [tuple(layers[start : start + size]) for start in range(0, len(layers), size)]
 
 
-def choose(candidates: Sequence[Restored], budget: float) -> list[Restored]:
-    """Return what to restore within a budget of multiply-accumulates: the set that causes most in all.
-
-    Returns:
-        The set, those first that cause most for each multiply-accumulate.
+def pack(candidates: Sequence[Restored], budget: float) -> list[Restored]:
+    """Return the set within a budget of multiply-accumulates that causes most in all.
 
     >>> first, second = Restored(("a",), 10, 0.5), Restored(("b",), 1, 0.2)
-    >>> [one.names for one in choose([first, second], 10)]
+    >>> [one.names for one in pack([first, second], 10)]
     [('a',)]
     """
-    worth = [one for one in candidates if one.caused > _NOTICEABLE and one.macs <= budget]
     best: list[tuple[float, tuple[Restored, ...]]] = [(0.0, ())] * (_ROOM + 1)  # by units of the budget taken
-    for one in worth:
+    for one in candidates:
         size = math.ceil(one.macs * _ROOM / max(budget, 1))
         for room in range(_ROOM, size - 1, -1):
             caused, taken = best[room - size]
             if caused + one.caused > best[room][0]:
                 best[room] = caused + one.caused, (*taken, one)
-    return sorted(best[_ROOM][1], key=lambda one: one.caused / max(one.macs, 1), reverse=True)
+    return list(best[_ROOM][1])
+
+
+class Price:
+    """What a loss is worth beside the time that it takes to have no more.
+
+    Args:
+        cost: Tells what layers cost in float.
+        budget: Of multiply-accumulates.
+        worth: What their time must bring the loss down to, as a factor.
+    """
+
+    def __init__(self, cost: FloatCost, budget: float, worth: float = _WORTH) -> None:
+        self.budget = budget
+        self._cost, self._worth = cost, worth
+
+    def of(self, loss: float, names: Collection[str]) -> float:
+        """Return the loss that would be as good if no layer stayed float."""
+        return float((loss + _ENOUGH) * self._worth ** -(self._cost.of(names) / max(self.budget, 1)))
+
+    def path(self, candidates: Sequence[Restored], start: Choice, *, all_of: bool) -> list[Restored]:
+        """Return candidates in the order in which to restore them, each what gains most behind those before.
+
+        Args:
+            candidates: What may be restored, with the part of `start.after` that each causes.
+            start: What stays float already.
+            all_of: Whether to go on with what is not worth its time.
+        """
+        rest, chosen, names = list(candidates), list[Restored](), start.names
+        best, budget = self.of(start.after, names), self.budget - start.macs
+        while rest := [one for one in rest if one.macs <= budget]:
+            left = 1 - sum(one.caused for one in chosen)
+            prices = [
+                self.of(start.after * max(left - one.caused, _LEAST_LEFT), [*names, *one.names])
+                for one in rest
+            ]
+            price = min(prices)
+            if price >= best and not all_of:
+                break
+            best, one = price, rest.pop(prices.index(price))
+            chosen.append(one)
+            names += one.names
+            budget -= one.macs
+        return chosen
 
 
 def choose_float(judge: Judge, share: float, context: Context, *, ranges: bool) -> Choice:
@@ -104,62 +153,109 @@ def choose_float(judge: Judge, share: float, context: Context, *, ranges: bool) 
         ranges: Whether the outputs choose the ranges.
     """
     plan = judge.plan
-    if not ranges:
-        return float_layers(judge, share, context)
+    cost = FloatCost(plan, judge.sizes)
+    price = Price(cost, share * plan.macs, _WORTH_ALONE)
     found = []
-    for method in dict.fromkeys((plan.ranges, "minmax")):
+    for method in dict.fromkeys((plan.ranges, "minmax") if ranges else (plan.ranges,)):
         plan.use_ranges(method)
-        choice = float_layers(judge, share, context)
-        if choice.restored:
+        choice = float_layers(judge, price, context)
+        if choice.restored and ranges:
             told = choose_ranges(judge, choice.names)
             after = _loss_without(judge, choice.names, coded=choice.coded)
             choice = replace(choice, after=after, ranges=told)
         found.append((choice, plan.ranges))
-    best, method = min(found, key=lambda one: one[0].after)
+    best, method = min(found, key=lambda one: price.of(one[0].after, one[0].names))
     plan.use_ranges(method)
-    return best
+    return more_layers(judge, best, Price(cost, price.budget), context) if best.restored else best
 
 
-def float_layers(judge: Judge, share: float, context: Context) -> Choice:
+def float_layers(judge: Judge, price: Price, context: Context) -> Choice:
     """Return the layers to leave float with the ranges that the plan has.
 
     Layers whose multiply-accumulates are not known stay quantized. Each candidate is measured by the loss of
     the model in which it alone is quantized: rounding errors of different layers add up, and so neighbours
-    whose common values are the trouble are found, of which one alone in float would help nothing. What is
-    chosen is then tried, the part of it that costs least and all of it: all of the budget must gain 1 dB, a
-    tenth of it a tenth of that. Their weights are to be stored in codes as well, wider ones only if that gains
-    3 dB.
+    whose common values are the trouble are found, of which one alone in float would help nothing. Two choices
+    are then tried, in parts and as a whole: what causes most within the budget, and what is worth most for its
+    time (see float_cost). The time of all of the budget must gain 5 % of the loss, a tenth of it a tenth of that. Their
+    weights are to be stored in codes as well, wider ones only if that gains 3 dB.
 
     Args:
         judge: Measures the loss.
-        share: Largest share of the multiply-accumulates to leave float.
+        price: Weighs it against time; it has the budget.
         context: Its progress is told.
     """
-    plan = judge.plan
-    budget = share * plan.macs
-    counted = [layer for layer in plan.layers if layer.macs is not None]
-    candidates = [group for group in groups_of(counted) if _macs(group) <= budget]
+    candidates = _candidates(judge, price.budget)
     whole = judge.loss()
-    if not 0 < whole < math.inf:
-        return Choice((), whole, whole)
+    none = Choice((), whole, whole)
+    if not _ENOUGH < whole < math.inf:
+        return none
     measured = []
     for number, group in enumerate(candidates):
         names = tuple(layer.name for layer in group)
         context.progress(number + 1, len(candidates), f"sensitivity of {names[0]}")
         measured.append(Restored(names, _macs(group), judge.loss(only=names) / whole))
-    chosen = choose(measured, budget)
-    used = [0.0, *(macs / max(budget, 1) for macs in accumulate(one.macs for one in chosen))]
-    losses = {coded: {0: whole} for coded in (True, False)}  # by how many stay float
-    for step in range(1, _STEPS + 1):
-        count = math.ceil(len(chosen) * step / _STEPS)
-        restored = [name for one in chosen[:count] for name in one.names]
-        for coded, known in losses.items():
-            if count not in known:
-                known[count] = _loss_without(judge, restored, coded=coded)
-    coded = min(losses[False].values()) >= _WORTH_BYTES * min(losses[True].values())
-    tried = losses[coded]
-    count = min(tried, key=lambda count: tried[count] * _WORTH ** -used[count])
-    return Choice(tuple(chosen[:count]), whole, tried[count], coded)
+    worth = [one for one in measured if one.caused > _NOTICEABLE]
+    if not worth:
+        return none
+    parts = [
+        *_parts(price.path(worth, none, all_of=False)),
+        *_parts(price.path(pack(worth, price.budget), none, all_of=True)),
+    ]
+    choices = [
+        Choice(part, whole, _loss_without(judge, _names(part), coded=coded), coded)
+        for part in dict.fromkeys(parts)
+        for coded in (True, False)
+    ]
+    least = {coded: min(one.after for one in choices if one.coded == coded) for coded in (True, False)}
+    coded = least[False] >= _WORTH_BYTES * least[True]
+    wanted = [none, *(one for one in choices if one.coded == coded)]
+    return min(wanted, key=lambda one: price.of(one.after, one.names))
+
+
+def more_layers(judge: Judge, choice: Choice, price: Price, context: Context) -> Choice:
+    """Return a choice with what is worth its time beside it, measured by what else staying float gains.
+
+    What a layer causes alone says little of what it gains once those that cause most stay float.
+
+    Args:
+        judge: Measures the loss, with the ranges that are best with the choice.
+        choice: What stays float.
+        price: Weighs the loss against time; it has the budget.
+        context: Its progress is told.
+    """
+    candidates = [
+        group
+        for group in _candidates(judge, price.budget - choice.macs)
+        if not set(choice.names).intersection(layer.name for layer in group)
+    ]
+    gains = []
+    for number, group in enumerate(candidates):
+        names = tuple(layer.name for layer in group)
+        context.progress(number + 1, len(candidates), f"sensitivity of {names[0]} beside the chosen")
+        loss = _loss_without(judge, [*choice.names, *names], coded=choice.coded)
+        gains.append(Restored(names, _macs(group), 1 - loss / choice.after, beside=True))
+    worth = [one for one in gains if one.caused > _NOTICEABLE]
+    choices = [choice]
+    for part in _parts(price.path(worth, choice, all_of=False)):
+        both = (*choice.restored, *part)
+        after = _loss_without(judge, _names(both), coded=choice.coded)
+        choices.append(replace(choice, restored=both, after=after))
+    return min(choices, key=lambda one: price.of(one.after, one.names))
+
+
+def _candidates(judge: Judge, budget: float) -> list[tuple[StaticLayer, ...]]:
+    counted = [layer for layer in judge.plan.layers if layer.macs is not None]
+    return [group for group in groups_of(counted) if _macs(group) <= budget]
+
+
+def _parts(path: Sequence[Restored]) -> list[tuple[Restored, ...]]:
+    """Return the beginnings of a path that are tried, the whole path last."""
+    ends = {math.ceil(len(path) * step / _STEPS) for step in range(1, _STEPS + 1)} - {0}
+    return [tuple(path[:end]) for end in sorted(ends)]
+
+
+def _names(restored: Collection[Restored]) -> list[str]:
+    return [name for one in restored for name in one.names]
 
 
 def _loss_without(judge: Judge, names: Sequence[str], *, coded: bool) -> float:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from onnxslim_lab.base import Context
 from onnxslim_lab.errors import SessionError
 from onnxslim_lab.graph import Graph
+from onnxslim_lab.macs import fed_sizes
 from onnxslim_lab.quantization.plan import Plan
 from onnxslim_lab.quantization.ranges import Method
 from onnxslim_lab.worker.messages import Value
@@ -25,7 +26,8 @@ CANDIDATES: tuple[Method, ...] = ("minmax", "mse", "percentile")
 _MACS = 1 << 34  # of all feeds that a choice is judged by: a second or so, about what loading the model takes
 _ELEMENTS = 1 << 21  # of all outputs that are compared, likewise
 _FEWEST_FEEDS, _MOST_FEEDS = 4, 256
-_CLIPS = 1.4  # times the loss of ranges that clip
+_CLIPS = 0.4  # of the loss, that ranges that clip must save when there are few feeds
+_FEW = 32  # feeds; what more of them do not show falls with their number
 _RUNS = 6  # the first of which load
 _SLOWER = 1.05  # what is less is noise
 _LEAST_PROBABILITY = 1e-9  # what is less is not told apart
@@ -40,11 +42,16 @@ class Judge:
         context: Its calibration runs the models.
         feeds: How many of the first feeds to run; quantized models are run on these only. None: as many as
             are worth the time by the multiply-accumulates of one.
+
+    Attributes:
+        plan: The plan.
+        calibrated: How many feeds its ranges were measured on.
     """
 
     def __init__(self, plan: Plan, context: Context, feeds: int | None = None) -> None:
         assert context.calibration is not None
         self.plan = plan
+        self.calibrated = len(context.calibration.data)
         self._runner = context.calibration.runner
         if feeds is None:
             feeds = int(np.clip(_MACS // max(plan.macs, 1), _FEWEST_FEEDS, _MOST_FEEDS))
@@ -55,6 +62,11 @@ class Judge:
         )
         enough = max(_FEWEST_FEEDS, int(np.searchsorted(sizes, _ELEMENTS)))
         self._feeds, self._reference = chosen[:enough], reference[:enough]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Sizes of the symbolic dimensions of the inputs in the first feed."""
+        return fed_sizes(self.plan.model, self._feeds[0] if self._feeds else {})
 
     def loss(self, *, without: Iterable[str] = (), only: Iterable[str] | None = None) -> float:
         """Return the loss of quantizing some layers, as `Plan.write`; infinite when the model does not run."""
@@ -99,7 +111,8 @@ def slower(context: Context, original: Graph, result: Graph) -> str:
 def choose_ranges(judge: Judge, without: Sequence[str] = ()) -> str:
     """Let a plan choose ranges in the way whose outputs are nearest the original's; return what was chosen.
 
-    Ranges that clip must be better by 1.5 dB: what they clip of data not seen is not in the loss.
+    Ranges that clip must be better by 1.5 dB on up to 32 feeds, by 0.4 dB on 128: what they clip of data not seen
+    is not in the loss.
 
     Args:
         judge: Its plan is edited.
@@ -109,7 +122,8 @@ def choose_ranges(judge: Judge, without: Sequence[str] = ()) -> str:
     for method in CANDIDATES:
         judge.plan.use_ranges(method)
         losses[method] = judge.loss(without=without)
-    best = min(losses, key=lambda method: losses[method] * (1 if method == "minmax" else _CLIPS))
+    clips = 1 + _CLIPS * min(1, _FEW / judge.calibrated)
+    best = min(losses, key=lambda method: losses[method] * (1 if method == "minmax" else clips))
     judge.plan.use_ranges(best)
     shown = ", ".join(f"{method} {decibels(loss):.1f}" for method, loss in losses.items())
     return f"ranges of activations: {best}, by the output error in dB ({shown})"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -147,14 +147,7 @@ class Plan:
         for part in graph.walk():
             found = self._here(part, chosen)
             if found:
-                placed = place(
-                    part,
-                    [layer for _, layer in found],
-                    self.scheme.profile.operators,
-                    by_codes=self.scheme.by_codes,
-                    summed=[id(layer.node) for planned, layer in found if planned.name in self.summed],
-                )
-                places.append((found, placed))
+                places.append((found, self._place(part, found)))
         stored: dict[tuple[Any, ...], tuple[str, list[str]]] = {}
         for found, placed in places:
             writer = GraphWriter(placed, self.grids(placed))
@@ -168,6 +161,29 @@ class Plan:
                 keep_float(part)
                 keep_on_codes(part)
         return outcome
+
+    def placements(self, without: Iterable[str] = ()) -> list[Placement]:
+        """Return where values are quantized, graph by graph, when all layers but some run on codes.
+
+        Raises:
+            ParameterError: No layer has such a name.
+        """
+        chosen = self._chosen(without, None).values()
+        found = []
+        for part in self.model.walk():
+            here = [(planned, planned.layer) for planned in chosen if planned.layer.graph is part]
+            if here:
+                found.append(self._place(part, here))
+        return found
+
+    def _place(self, part: Graph, found: Sequence[tuple[StaticLayer, Layer]]) -> Placement:
+        return place(
+            part,
+            [layer for _, layer in found],
+            self.scheme.profile.operators,
+            by_codes=self.scheme.by_codes,
+            summed=[id(layer.node) for planned, layer in found if planned.name in self.summed],
+        )
 
     def _chosen(self, without: Iterable[str], only: Iterable[str] | None) -> dict[Key, StaticLayer]:
         names = {layer.name for layer in self.layers}

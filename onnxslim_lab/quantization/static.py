@@ -137,11 +137,12 @@ def _stay_float(judge: Judge, step: Quantize, context: Context, outcome: Outcome
         for name in one.names:
             share = one.macs / max(plan.macs, 1)
             part = f"{one.caused:.1%}" if one.caused < 1 else "all"
-            outcome.refuse(
-                name,
-                f"stays float: quantized alone it causes {part} of the output error that all cause together, "
-                f"with {share:.2%} of the multiply-accumulates",
+            why = (
+                f"beside the others that do, this takes {part} of the output error away"
+                if one.beside
+                else f"quantized alone it causes {part} of the output error that all cause together"
             )
+            outcome.refuse(name, f"stays float: {why}, with {share:.2%} of the multiply-accumulates")
     names = choice.names
     if names:
         share = sum(one.macs for one in choice.restored) / max(plan.macs, 1)

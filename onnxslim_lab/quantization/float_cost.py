@@ -1,0 +1,65 @@
+"""What layers that stay float cost in time, from their sizes alone: the same on every machine and every run.
+
+Products take longer in float; but in most models what costs more is that values on codes are converted, and
+their channels reordered, in front of a float layer and again behind it. The unit is the time that one
+multiply-accumulate of a usual layer takes longer in float, on one thread of an x86 processor with VNNI
+(0.016 ns there); benchmarks/float_islands.py measures the constants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from onnxslim_lab.macs import model_macs
+from onnxslim_lab.quantization.placement import Placement
+from onnxslim_lab.quantization.plan import Plan
+from onnxslim_lab.quantization.static_layers import StaticLayer
+
+_WEIGHT = 8.0  # four bytes of it are read instead of one
+_ELEMENT = 60.0  # converted, one way
+_CONVERSION = 200_000.0  # the call of its kernels
+
+
+class FloatCost:
+    """Tells what it costs to leave layers of a plan float.
+
+    Args:
+        plan: The plan; its ranges and weights do not matter.
+        sizes: Of the symbolic dimensions of the inputs, as `fed_sizes` gives them. Values whose size is not
+            known from them cost the call of their conversion alone.
+    """
+
+    def __init__(self, plan: Plan, sizes: Mapping[str, int]) -> None:
+        self._plan = plan
+        self._elements = model_macs(plan.model, sizes).elements
+        self._layers = {layer.name: layer for layer in plan.layers}
+        self._conversions = self._converted(())
+
+    def of(self, names: Collection[str]) -> float:
+        """Return what leaving these layers float costs, in multiply-accumulates; negative where it saves time."""
+        layers = sum(_products(self._layers[name]) for name in names)
+        return layers + self._converted(names) - self._conversions
+
+    def _converted(self, without: Collection[str]) -> float:
+        cost = 0.0
+        for placed in self._plan.placements(without):
+            for value in converted(placed):
+                cost += _CONVERSION + _ELEMENT * self._elements.get(value, 0)
+        return cost
+
+
+def _products(planned: StaticLayer) -> float:
+    groups, outputs, _ = planned.layer.shape
+    depthwise = groups > 1 and outputs == 1  # takes as long on codes
+    return _WEIGHT * planned.layer.parameters + (0 if depthwise else planned.macs or 0)
+
+
+def converted(placed: Placement) -> list[str]:
+    """Return the values that are computed in float and read as codes, or come as codes and are read in float."""
+    graph, found = placed.graph, []
+    for value in sorted({*placed.made, *placed.takers} - set(placed.constants)):
+        on_codes = {id(node) for node, _ in placed.takers.get(value, ())}
+        in_float = graph.is_output(value) or any(id(node) not in on_codes for node in graph.consumers(value))
+        if value not in placed.made or in_float:
+            found.append(value)
+    return found
