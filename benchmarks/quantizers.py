@@ -90,7 +90,13 @@ def _ours(options: str) -> Job:
                     source,
                     f"{target}.{number}",
                     recipe=lab.Recipe.of(
-                        (*first, f"quantize:{options}{rounding}", "correct-bias", "encode", "strip:names=true"),
+                        (
+                            *first,
+                            f"quantize:{options}{rounding}",
+                            "correct-bias",
+                            "encode",
+                            "strip:names=true",
+                        ),
                         memory=MEMORY,
                     ),
                     data=data.Dataset(feeds, source="calibration"),

@@ -18,7 +18,9 @@ GROUPS = 100
 _NOTICEABLE = 0.01  # least part of the loss that a set of layers must cause
 _STEPS = 6  # parts of a choice that are tried
 _WORTH = 0.95  # times the loss, for the time of as many products as may stay float; a part must save its part
-_WORTH_ALONE = 0.9  # likewise, by what layers cause alone: the rest is better chosen beside what that leaves float
+_WORTH_ALONE = (
+    0.9  # likewise, by what layers cause alone: the rest is better chosen beside what that leaves float
+)
 _ENOUGH = 1e-5  # loss of outputs that are rounded to 8 bits themselves (50 dB): nothing stays float for less
 _LEAST_LEFT = 0.02  # part of the loss that stays whatever is restored: what layers cause alone is an estimate
 _ROOM = 1000  # units of the budget that sets of layers are packed by

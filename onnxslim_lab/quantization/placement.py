@@ -9,7 +9,8 @@ A pair of QuantizeLinear and DequantizeLinear goes
 - on what lies between, if values come quantized and are wanted quantized: no island of codes between float
   operators, none of float operators between codes where the operator has a kernel on codes.
 
-Values that an operator only moves share one grid, inputs of a Concat that nothing else reads its grid.
+Values that an operator only moves share one grid, inputs of a Concat that nothing else reads its grid. So does a
+table that a Gather looks up for what is on codes: it is rounded once, when it is stored.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Placement:
         roots: Every value to quantize, with the value whose statistics its grid is made of.
         bounds: What is known of a value's range from the Relu or Clip that made it.
         constants: Constants that operators on codes read, to be stored quantized.
+        tables: Those of them that take the grid of another value, what a Gather looks up in them.
         coded: Nodes to be put between codes, by id.
         gates: Hard sigmoids on codes, by id (see gates).
         made: Values that come as codes: whatever reads them reads them quantized. Of the other values only
@@ -48,6 +50,7 @@ class Placement:
     roots: dict[str, str] = field(default_factory=dict)
     bounds: dict[str, tuple[float, float]] = field(default_factory=dict)
     constants: list[str] = field(default_factory=list)
+    tables: dict[str, str] = field(default_factory=dict)
     coded: dict[int, NodeProto] = field(default_factory=dict)
     gates: dict[int, NodeProto] = field(default_factory=dict)
     made: set[str] = field(default_factory=set)
@@ -61,6 +64,7 @@ def place(
     *,
     by_codes: bool = True,
     summed: Collection[int] = (),
+    tables: Collection[int] = (),
 ) -> Placement:
     """Return what to quantize so that `layers` run on codes.
 
@@ -70,8 +74,9 @@ def place(
         operators: What the target runs in integers.
         by_codes: Whether Relu, Clip and Pad may be put between codes.
         summed: Ids of the Conv nodes whose results stay float, but for what takes codes.
+        tables: Ids of the Gather nodes whose constant tables may be stored in codes.
     """
-    return _Placing(graph, layers, operators, by_codes=by_codes, summed=summed).run()
+    return _Placing(graph, layers, operators, by_codes=by_codes, summed=summed, tables=tables).run()
 
 
 def fused_output(graph: Graph, node: NodeProto) -> str:
@@ -95,8 +100,10 @@ class _Placing:
         *,
         by_codes: bool,
         summed: Collection[int],
+        tables: Collection[int],
     ) -> None:
         self.summed = summed
+        self.tables = tables
         self.operators = operators
         self.graph = graph
         self.nodes = graph.nodes
@@ -158,17 +165,29 @@ class _Placing:
         if self.by_codes and is_gate(self.graph, node):
             return "gate"
         kind = kind_of(self.graph, node, self.operators)
+        if id(node) in self.tables and kind == "same" and self._is_own(node.input[0]):
+            return "table"
         return "float" if kind == "codes" and not self.by_codes else kind
+
+    def _is_own(self, table: str) -> bool:
+        """Whether a constant is of this graph and nothing else reads it."""
+        return table in self.graph.initializers and self.graph.use_count(table) == 1
 
     def _find_able(self, made: Sequence[str], read: Iterable[str]) -> None:
         """Find the nodes that can work on codes: what they read comes as codes, or is made codes for a layer."""
         available = {*made, *read}
+        looked_up: set[str] = set()
         for node in self.nodes:
             kind = self._kind(node)
+            moved = kind == "same" or node.op_type == "Concat"
+            if kind == "table" or (moved and self._joins(node, looked_up)):
+                self.able.add(id(node))
+                looked_up.update(node.output)
             if (
                 (kind in ("same", "codes") and node.input[0] in available)
                 or (kind == "gate" and node.input[0] in made)
                 or (kind == "own" and self._joins(node, available))
+                or (kind == "own" and moved and self._joins(node, available | looked_up))
             ):
                 self.able.add(id(node))
                 available.update(self._outputs(node))
@@ -205,6 +224,8 @@ class _Placing:
                 self.found.coded[id(node)] = node
             if kind == "gate":
                 self.found.gates[id(node)] = node
+            if kind == "table":
+                self.found.tables[node.input[0]] = node.output[0]
         return chosen[::-1]
 
     def _share(self, chosen: Sequence[NodeProto], values: set[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,6 +71,7 @@ class Plan:
         layers: The layers that can run on codes.
         scheme: The types.
         statistics: Of every value that any choice of these layers quantizes.
+        tables: Gather layers whose tables may be stored in codes.
         rounded: Codes of weights that were rounded otherwise than to nearest, by layer name.
         methods: Ways to choose the ranges of single values.
         method: The way for the others; None: the scheme's.
@@ -82,6 +83,7 @@ class Plan:
     layers: list[StaticLayer]
     scheme: Scheme
     statistics: Statistics
+    tables: Sequence[Layer] = ()
     rounded: dict[str, Codes] = field(default_factory=dict)
     shifts: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
     methods: dict[tuple[Place, str], Method] = field(default_factory=dict)
@@ -153,6 +155,7 @@ class Plan:
             writer = GraphWriter(placed, self.grids(placed))
             for planned, layer in found:
                 self._write_layer(writer, planned, layer, stored, outcome)
+            outcome.changes += self._table_changes(placed)
             writer.write_activations()
             summed = [(planned.name, layer) for planned, layer in found if planned.name in self.summed]
             write_sums(placed.graph, summed, outcome)
@@ -183,6 +186,7 @@ class Plan:
             self.scheme.profile.operators,
             by_codes=self.scheme.by_codes,
             summed=[id(layer.node) for planned, layer in found if planned.name in self.summed],
+            tables=nodes_of(part, self.tables),
         )
 
     def _chosen(self, without: Iterable[str], only: Iterable[str] | None) -> dict[Key, StaticLayer]:
@@ -218,6 +222,9 @@ class Plan:
             pair = gate_grids(placed.graph, node, high, scheme.activations)
             grids.update(zip((node.input[0], node.output[0]), pair, strict=True))
         for value in placed.constants:
+            if value in placed.tables:
+                grids[value] = grids[placed.roots[placed.tables[value]]]
+                continue
             array = placed.graph.constant(value)
             assert array is not None
             grids[value] = self._activation_grid(placed.graph, value, float(array.min()), float(array.max()))
@@ -287,6 +294,21 @@ class Plan:
         low, high = self.range(layer.graph, value)
         return widen_for_bias(grid, self._activation_grid(layer.graph, value, low, high), bias)
 
+    def _table_changes(self, placed: Placement) -> Iterator[Change]:
+        """Yield one change for each table that is about to be stored in codes."""
+        for table, value in placed.tables.items():
+            array = placed.graph.constant(table)
+            assert array is not None
+            kind = self.scheme.activations
+            yield Change(
+                table,
+                f"looked up in codes: {kind}, on the grid of {quote(value)}",
+                weights=(table,),
+                bytes_before=array.nbytes,
+                bytes_after=array.size * kind.bits // 8,
+                detail={"bits": kind.bits},
+            )
+
     def _write_layer(
         self,
         writer: GraphWriter,
@@ -343,13 +365,27 @@ def bias_of(layer: Layer) -> np.ndarray[Any, Any] | None:
     return None if values is None else values.reshape(-1)
 
 
-def values_of(model: Graph, layers: Collection[StaticLayer], scheme: Scheme) -> list[tuple[Graph, str]]:
+def nodes_of(part: Graph, layers: Iterable[Layer]) -> list[int]:
+    """Return the ids of the nodes of one graph that layers have, in the model it is of or a copy of it."""
+    keys = {node_place(layer.graph, layer.node) for layer in layers}
+    return [id(node) for node in part.nodes if keys and node_place(part, node) in keys]
+
+
+def values_of(
+    model: Graph, layers: Collection[StaticLayer], scheme: Scheme, tables: Sequence[Layer] = ()
+) -> list[tuple[Graph, str]]:
     """Return every value that quantizing these layers, or any of them, needs the range of."""
     found: dict[tuple[int, str], tuple[Graph, str]] = {}
     for part in model.walk():
         here = [planned.layer for planned in layers if planned.layer.graph is part]
         if here:
-            placed = place(part, here, scheme.profile.operators, by_codes=scheme.by_codes)
+            placed = place(
+                part,
+                here,
+                scheme.profile.operators,
+                by_codes=scheme.by_codes,
+                tables=nodes_of(part, tables),
+            )
             for value in placed.roots:
                 scope = part.scope_of(value) or part
                 found[id(scope), value] = scope, value

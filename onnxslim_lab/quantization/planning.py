@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -79,6 +80,7 @@ def make_plan(
     layers: list[StaticLayer],
     scheme: Scheme,
     calibration: Calibration | None,
+    tables: Sequence[Layer] = (),
 ) -> tuple[Plan, dict[str, str]]:
     """Measure what the layers need and return the plan.
 
@@ -87,6 +89,7 @@ def make_plan(
         layers: The layers that can run on codes.
         scheme: The types.
         calibration: The data.
+        tables: Gather layers whose tables may be stored in codes.
 
     Returns:
         The plan, and by name the layers that the data says nothing of, with the reason.
@@ -96,7 +99,7 @@ def make_plan(
     """
     if calibration is None:
         raise ParameterError("quantize needs calibration data to choose the ranges of activations by")
-    values = values_of(model, layers, scheme)
+    values = values_of(model, layers, scheme, tables)
     histogram = scheme.ranges not in ("minmax", "average")
     average = scheme.ranges != "minmax"
     wants = [Want(*value, histogram=histogram, average=average) for value in values]
@@ -104,17 +107,17 @@ def make_plan(
     sound: list[StaticLayer] = []
     unseen: dict[str, str] = {}
     for planned in layers:
-        reason = _unmeasured(model, planned, scheme, statistics)
+        reason = _unmeasured(values_of(model, [planned], scheme, tables), statistics)
         if reason:
             unseen[planned.name] = reason
         else:
             sound.append(planned)
-    return Plan(model, sound, scheme, statistics), unseen
+    return Plan(model, sound, scheme, statistics, tables), unseen
 
 
-def _unmeasured(model: Graph, planned: StaticLayer, scheme: Scheme, statistics: Statistics) -> str:
+def _unmeasured(values: Sequence[tuple[Graph, str]], statistics: Statistics) -> str:
     """Return why a layer's values have no range, "" when they have."""
-    for graph, value in values_of(model, [planned], scheme):
+    for graph, value in values:
         found = statistics.get(graph, value)
         if found is None or found.empty:
             return f"the calibration data never computes {value!r}: a branch that is not taken"

@@ -105,7 +105,8 @@ def plan_static(
     targets = select(model, step, outcome)
     dims = fed_sizes(model, next(iter(context.calibration.data.feeds), {}))
     layers, others = plan_layers(model, targets, scheme, dims)
-    plan, unseen = make_plan(model, layers, scheme, context.calibration)
+    tables = [layer for layer, _ in others if layer.op_type == "Gather"]
+    plan, unseen = make_plan(model, layers, scheme, context.calibration, tables)
     others += [(layer.layer, unseen[layer.name]) for layer in layers if layer.name in unseen]
     rounding = "gptq" if step.rounding == "auto" else step.rounding
     if step.ranges == "auto":
@@ -189,7 +190,11 @@ def _weights_alone(
     context: Context,
     outcome: Outcome,
 ) -> None:
-    """Store the weights of layers quantized that cannot run on codes; their activations stay float."""
+    """Store the weights of layers quantized that cannot run on codes; their activations stay float.
+
+    Tables that layers on codes look up are in codes already.
+    """
+    others = [(layer, why) for layer, why in others if layer.weight_graph.is_constant(layer.weight)]
     if not others:
         return
     store_weights(model, stored(layer for layer, _ in others), step, scheme, context, outcome)
