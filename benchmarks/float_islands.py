@@ -27,6 +27,7 @@ from scipy.optimize import nnls
 
 import onnxslim_lab as lab
 from onnxslim_lab.data import Dataset
+from onnxslim_lab.worker.messages import Value
 
 CONVOLUTIONS = [  # channels, size, kernel, groups
     (32, 8, 1, 1),
@@ -103,7 +104,7 @@ def extra_time(model: onnx.ModelProto, name: str, runs: int, folder: Path) -> fl
     onnx.save(model, source)
     shape = [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
     rng = np.random.default_rng(1)
-    feeds = [{"x": rng.standard_normal(shape).astype(np.float32)} for _ in range(2)]
+    feeds: list[dict[str, Value]] = [{"x": rng.standard_normal(shape).astype(np.float32)} for _ in range(2)]
     sessions = []
     for number, options in enumerate(("ranges=minmax", f"ranges=minmax,exclude={name}")):
         target = folder / f"{number}.onnx"

@@ -78,6 +78,12 @@ class Quantize(Pass):
         le=1,
         description="largest share of multiply-accumulates left in float, where that saves most",
     )
+    float_until: float = Field(
+        30.0,
+        gt=0,
+        description="how far the output error may be below the outputs, in dB, for layers to be left in float: "
+        "once it is less, no more are",
+    )
     float_sums: bool = Field(
         False,
         description="whether convolutions may give float results where rounding them spoils the outputs, by "

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 from onnxslim_lab.base import Context
+from onnxslim_lab.quantization.float_choice import Choice, Price, Restored, names_of, pack
 from onnxslim_lab.quantization.float_cost import FloatCost
 from onnxslim_lab.quantization.float_weights import round_in_float
 from onnxslim_lab.quantization.output_loss import Judge, choose_ranges
@@ -16,63 +17,14 @@ GROUPS = 100
 """Most sets of layers whose effect is measured; longer models are cut into runs of neighbours."""
 
 _NOTICEABLE = 0.01  # least part of the loss that a set of layers must cause
-_STEPS = 6  # parts of a choice that are tried
-_WORTH = 0.95  # times the loss, for the time of as many products as may stay float; a part must save its part
+_STEPS = 12  # parts of a choice that are tried, at most
 _WORTH_ALONE = (
-    0.9  # likewise, by what layers cause alone: the rest is better chosen beside what that leaves float
+    0.9  # times the loss, for the time of as many products as may stay float; a part saves its part
 )
-_ENOUGH = 1e-5  # loss of outputs that are rounded to 8 bits themselves (50 dB): nothing stays float for less
-_LEAST_LEFT = 0.02  # part of the loss that stays whatever is restored: what layers cause alone is an estimate
-_ROOM = 1000  # units of the budget that sets of layers are packed by
+_WORTH_BESIDE = 0.95  # likewise, for what is chosen by what it gains beside others
 _WORTH_BYTES = 0.5  # times the loss, for weights of 16 bits in layers that stay float: 3 dB
 _WORTH_SUMS = 0.9  # times the loss, for float sums, which take less of it
 _MOST_SUMS = 12  # sets of layers whose sums are tried
-
-
-@dataclass(frozen=True)
-class Restored:
-    """Layers that stay float.
-
-    Attributes:
-        names: The layers.
-        macs: Their multiply-accumulates.
-        caused: The part of the loss that there is when they alone are quantized.
-        beside: Whether it is the part that goes when they stay float beside those chosen before.
-    """
-
-    names: tuple[str, ...]
-    macs: int
-    caused: float
-    beside: bool = False
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What stays float, and what that gains.
-
-    Attributes:
-        restored: The layers, those first that are worth most for their time.
-        before: The loss with all layers quantized.
-        after: The loss without these, their weights stored as they will be.
-        coded: Whether that is in codes like the other weights.
-        ranges: How the ranges were chosen behind it, in words; "" where that was not asked.
-    """
-
-    restored: tuple[Restored, ...]
-    before: float
-    after: float
-    coded: bool = True
-    ranges: str = ""
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the layers."""
-        return _names(self.restored)
-
-    @property
-    def macs(self) -> int:
-        """Their multiply-accumulates."""
-        return sum(one.macs for one in self.restored)
 
 
 def groups_of(layers: Sequence[StaticLayer], most: int = GROUPS) -> list[tuple[StaticLayer, ...]]:
@@ -81,67 +33,9 @@ def groups_of(layers: Sequence[StaticLayer], most: int = GROUPS) -> list[tuple[S
     return [tuple(layers[start : start + size]) for start in range(0, len(layers), size)]
 
 
-def pack(candidates: Sequence[Restored], budget: float) -> list[Restored]:
-    """Return the set within a budget of multiply-accumulates that causes most in all.
-
-    >>> first, second = Restored(("a",), 10, 0.5), Restored(("b",), 1, 0.2)
-    >>> [one.names for one in pack([first, second], 10)]
-    [('a',)]
-    """
-    best: list[tuple[float, tuple[Restored, ...]]] = [(0.0, ())] * (_ROOM + 1)  # by units of the budget taken
-    for one in candidates:
-        size = math.ceil(one.macs * _ROOM / max(budget, 1))
-        for room in range(_ROOM, size - 1, -1):
-            caused, taken = best[room - size]
-            if caused + one.caused > best[room][0]:
-                best[room] = caused + one.caused, (*taken, one)
-    return list(best[_ROOM][1])
-
-
-class Price:
-    """What a loss is worth beside the time that it takes to have no more.
-
-    Args:
-        cost: Tells what layers cost in float.
-        budget: Of multiply-accumulates.
-        worth: What their time must bring the loss down to, as a factor.
-    """
-
-    def __init__(self, cost: FloatCost, budget: float, worth: float = _WORTH) -> None:
-        self.budget = budget
-        self._cost, self._worth = cost, worth
-
-    def of(self, loss: float, names: Collection[str]) -> float:
-        """Return the loss that would be as good if no layer stayed float."""
-        return float((loss + _ENOUGH) * self._worth ** -(self._cost.of(names) / max(self.budget, 1)))
-
-    def path(self, candidates: Sequence[Restored], start: Choice, *, all_of: bool) -> list[Restored]:
-        """Return candidates in the order in which to restore them, each what gains most behind those before.
-
-        Args:
-            candidates: What may be restored, with the part of `start.after` that each causes.
-            start: What stays float already.
-            all_of: Whether to go on with what is not worth its time.
-        """
-        rest, chosen, names = list(candidates), list[Restored](), start.names
-        best, budget = self.of(start.after, names), self.budget - start.macs
-        while rest := [one for one in rest if one.macs <= budget]:
-            left = 1 - sum(one.caused for one in chosen)
-            prices = [
-                self.of(start.after * max(left - one.caused, _LEAST_LEFT), [*names, *one.names])
-                for one in rest
-            ]
-            price = min(prices)
-            if price >= best and not all_of:
-                break
-            best, one = price, rest.pop(prices.index(price))
-            chosen.append(one)
-            names += one.names
-            budget -= one.macs
-        return chosen
-
-
-def choose_float(judge: Judge, share: float, context: Context, *, ranges: bool) -> Choice:
+def choose_float(
+    judge: Judge, share: float, context: Context, *, ranges: bool, enough: float = 0.0
+) -> Choice:
     """Return the layers to leave float.
 
     Where the outputs choose the ranges, they are tried under ranges that clip nothing as well as under those that
@@ -153,10 +47,11 @@ def choose_float(judge: Judge, share: float, context: Context, *, ranges: bool) 
         share: Largest share of the multiply-accumulates to leave float.
         context: Its progress is told.
         ranges: Whether the outputs choose the ranges.
+        enough: The loss that is as good as none.
     """
     plan = judge.plan
-    cost = FloatCost(plan, judge.sizes)
-    price = Price(cost, share * plan.macs, _WORTH_ALONE)
+    cost, budget = FloatCost(plan, judge.sizes), share * plan.macs
+    price = Price(cost, budget, enough, _WORTH_ALONE)
     found = []
     for method in dict.fromkeys((plan.ranges, "minmax") if ranges else (plan.ranges,)):
         plan.use_ranges(method)
@@ -168,7 +63,11 @@ def choose_float(judge: Judge, share: float, context: Context, *, ranges: bool) 
         found.append((choice, plan.ranges))
     best, method = min(found, key=lambda one: price.of(one[0].after, one[0].names))
     plan.use_ranges(method)
-    return more_layers(judge, best, Price(cost, price.budget), context) if best.restored else best
+    return (
+        more_layers(judge, best, Price(cost, budget, enough, _WORTH_BESIDE), context)
+        if best.restored
+        else best
+    )
 
 
 def float_layers(judge: Judge, price: Price, context: Context) -> Choice:
@@ -178,8 +77,8 @@ def float_layers(judge: Judge, price: Price, context: Context) -> Choice:
     the model in which it alone is quantized: rounding errors of different layers add up, and so neighbours
     whose common values are the trouble are found, of which one alone in float would help nothing. Two choices
     are then tried, in parts and as a whole: what causes most within the budget, and what is worth most for its
-    time (see float_cost). The time of all of the budget must gain 5 % of the loss, a tenth of it a tenth of that. Their
-    weights are to be stored in codes as well, wider ones only if that gains 3 dB.
+    time (see float_cost): that of products as many as the budget must gain a tenth of the loss, a part of it a
+    part of that. Their weights are to be stored in codes as well, wider ones only if that gains 3 dB.
 
     Args:
         judge: Measures the loss.
@@ -189,7 +88,7 @@ def float_layers(judge: Judge, price: Price, context: Context) -> Choice:
     candidates = _candidates(judge, price.budget)
     whole = judge.loss()
     none = Choice((), whole, whole)
-    if not _ENOUGH < whole < math.inf:
+    if not price.enough < whole < math.inf:
         return none
     measured = []
     for number, group in enumerate(candidates):
@@ -204,7 +103,7 @@ def float_layers(judge: Judge, price: Price, context: Context) -> Choice:
         *_parts(price.path(pack(worth, price.budget), none, all_of=True)),
     ]
     choices = [
-        Choice(part, whole, _loss_without(judge, _names(part), coded=coded), coded)
+        Choice(part, whole, _loss_without(judge, names_of(part), coded=coded), coded)
         for part in dict.fromkeys(parts)
         for coded in (True, False)
     ]
@@ -217,7 +116,8 @@ def float_layers(judge: Judge, price: Price, context: Context) -> Choice:
 def more_layers(judge: Judge, choice: Choice, price: Price, context: Context) -> Choice:
     """Return a choice with what is worth its time beside it, measured by what else staying float gains.
 
-    What a layer causes alone says little of what it gains once those that cause most stay float.
+    What a layer causes alone says little of what it gains once those that cause most stay float. Half as much is
+    asked of it as there: it is measured, not estimated.
 
     Args:
         judge: Measures the loss, with the ranges that are best with the choice.
@@ -225,6 +125,8 @@ def more_layers(judge: Judge, choice: Choice, price: Price, context: Context) ->
         price: Weighs the loss against time; it has the budget.
         context: Its progress is told.
     """
+    if choice.after <= price.enough:
+        return choice
     candidates = [
         group
         for group in _candidates(judge, price.budget - choice.macs)
@@ -240,7 +142,7 @@ def more_layers(judge: Judge, choice: Choice, price: Price, context: Context) ->
     choices = [choice]
     for part in _parts(price.path(worth, choice, all_of=False)):
         both = (*choice.restored, *part)
-        after = _loss_without(judge, _names(both), coded=choice.coded)
+        after = _loss_without(judge, names_of(both), coded=choice.coded)
         choices.append(replace(choice, restored=both, after=after))
     return min(choices, key=lambda one: price.of(one.after, one.names))
 
@@ -254,10 +156,6 @@ def _parts(path: Sequence[Restored]) -> list[tuple[Restored, ...]]:
     """Return the beginnings of a path that are tried, the whole path last."""
     ends = {math.ceil(len(path) * step / _STEPS) for step in range(1, _STEPS + 1)} - {0}
     return [tuple(path[:end]) for end in sorted(ends)]
-
-
-def _names(restored: Collection[Restored]) -> list[str]:
-    return [name for one in restored for name in one.names]
 
 
 def _loss_without(judge: Judge, names: Sequence[str], *, coded: bool) -> float:

@@ -133,7 +133,13 @@ def _stay_float(judge: Judge, step: Quantize, context: Context, outcome: Outcome
         _sum_in_float(judge, (), context, outcome)
     if not step.float_macs:
         return [], 0.0
-    choice = choose_float(judge, step.float_macs, context, ranges=step.ranges == "auto")
+    choice = choose_float(
+        judge,
+        step.float_macs,
+        context,
+        ranges=step.ranges == "auto",
+        enough=10 ** (-step.float_until / 10),
+    )
     for one in choice.restored:
         for name in one.names:
             share = one.macs / max(plan.macs, 1)
@@ -155,9 +161,9 @@ def _stay_float(judge: Judge, step: Quantize, context: Context, outcome: Outcome
         if choice.ranges:
             outcome.change(plan.model.name, f"then {choice.ranges}")
     else:
-        outcome.refuse(
-            plan.model.name, "no layer stays float: none saves a noticeable part of the output error"
-        )
+        near = decibels(choice.before) <= -step.float_until
+        why = f"is {decibels(choice.before):.1f} dB" if near else "falls noticeably with none"
+        outcome.refuse(plan.model.name, f"no layer stays float: the output error {why}")
     if names and step.float_sums:
         _sum_in_float(judge, names, context, outcome)
     if step.ranges == "auto" and plan.summed:
