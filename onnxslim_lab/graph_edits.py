@@ -343,9 +343,9 @@ class GraphEdits(GraphValues):
         self._changed()
 
     @property
-    def declared(self) -> list[str]:
-        """Inner values that this graph declares a type for."""
-        return list(self._value_info)
+    def declared(self) -> dict[str, TypeProto]:
+        """The types that this graph declares for inner values."""
+        return {name: info.type for name, info in self._value_info.items()}
 
     def name_node(self, node: NodeProto, name: str) -> None:
         """Give a node another name, "" for none."""

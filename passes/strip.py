@@ -8,7 +8,7 @@ from string import ascii_letters, digits
 from typing import ClassVar, Literal
 
 import onnx
-from onnx import AttributeProto, NodeProto
+from onnx import AttributeProto, NodeProto, TypeProto
 from pydantic import Field
 
 from onnxslim_lab import shapes
@@ -77,13 +77,40 @@ def _clear_documents(model: Graph) -> int:
 
 
 def _forget_types(model: Graph) -> int:
-    """Remove the types that inference finds again without them; return how many."""
+    """Remove the types that inference finds again without them; return how many.
+
+    Sizes that come from an input of the model count as found only under its name for them: runtimes fuse
+    operators on two values of one size, and inference loses such names in shapes that are computed.
+    """
     inferred = shapes.infer(model.light_model(value_info=False))
     known = {value.name: value.type for value in inferred.graph.value_info}
-    again = [name for name in model.declared if name in known and known[name].HasField("tensor_type")]
+    fed = {dim.dim_param for kind in model.input_types().values() for dim in kind.tensor_type.shape.dim} - {
+        ""
+    }
+    again = [
+        name for name, kind in model.declared.items() if name in known and _is_found(kind, known[name], fed)
+    ]
     for name in again:
         model.undeclare(name)
     return len(again)
+
+
+def _is_found(declared: TypeProto, inferred: TypeProto, fed: set[str]) -> bool:
+    """Whether an inferred tensor type says all that a declared one says, but for names of sizes of its own."""
+    if not inferred.HasField("tensor_type") or not declared.HasField("tensor_type"):
+        return False
+    one, other = declared.tensor_type, inferred.tensor_type
+    if not one.HasField("shape"):
+        return True
+    if not other.HasField("shape"):
+        return False
+    if len(one.shape.dim) != len(other.shape.dim):
+        return True  # what is declared is wrong
+    return not any(
+        (dim.HasField("dim_value") and not again.HasField("dim_value"))
+        or (dim.dim_param in fed and not again.HasField("dim_value") and again.dim_param != dim.dim_param)
+        for dim, again in zip(one.shape.dim, other.shape.dim, strict=True)
+    )
 
 
 def _drop_defaults(model: Graph) -> int:

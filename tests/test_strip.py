@@ -54,6 +54,30 @@ def test_types_that_inference_finds_go_and_others_stay():
     assert len(kept.to_model().graph.value_info) == 2
 
 
+@pytest.mark.parametrize(
+    ("declared", "goes"),
+    [
+        (["both", 4], False),  # inference loses it: runtimes would not know that h and z are of one size
+        (["unk__7", 4], True),  # an exporter's name for a size, which no input has
+        ([3, 4], False),
+        ([None, 4], True),
+        (None, True),
+        (["both", 4, 1], True),  # wrong: it has two axes
+    ],
+)
+def test_sizes_that_inference_does_not_find_again_stay(declared, goes):
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[batch, 4] x, float[both, 4] z) => (float[N, M] y)'
+        "{ r = Concat<axis = 0> (x, x) h = Relu (r) y = Add (h, z) }"
+    )
+    for name in "rh":
+        model.graph.value_info.append(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, declared))
+    graph = Graph.load(model)
+    Strip().run(graph)
+    assert [value.name for value in graph.to_model().graph.value_info] == ([] if goes else ["r", "h"])
+    assert_settled(Strip(), graph)
+
+
 def test_default_attributes_go():
     text = "(float[1, 3, 8, 8] x, float[4, 3, 3, 3] w) => (float[1, 4, N, M] y)"
     check(
