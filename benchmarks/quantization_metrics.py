@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 Outputs = list[list[Any]]  # by feed, by output
 TIMEOUT = 1800.0
+SECONDS = 2.0  # runs of a tenth of a millisecond differ by more than models do
 
 
 def sqnr(reference: Outputs, result: Outputs) -> float:
@@ -147,15 +149,22 @@ def judge(original: str, result: str, feeds_file: str, name: str) -> dict[str, A
 
 
 def clock(runs: int, feeds_file: str, paths: Sequence[str]) -> dict[str, list[float]]:
-    """Run the models in turn, `runs` times after two warm-ups; return the seconds of each run."""
+    """Run the models in turn, `runs` times or SECONDS after two warm-ups; return the seconds of each run.
+
+    The order changes from turn to turn: what ran before leaves caches and frequency as it needs them, which is
+    a fifth of the time of the smallest models.
+    """
     feeds = pickle.loads(Path(feeds_file).read_bytes())
     sessions = {path: session(path) for path in paths}
     times: dict[str, list[float]] = {path: [] for path in paths}
-    for turn in range(runs + 2):
-        for path, model in sessions.items():
-            feed = feeds[turn % len(feeds)]
+    order, began = np.random.default_rng(0), time.perf_counter()
+    for turn in count():
+        if turn >= runs + 2 and time.perf_counter() - began > SECONDS:
+            break
+        feed = feeds[turn % len(feeds)]
+        for path in order.permutation(paths):
             start = time.perf_counter()
-            model.run(None, feed)
+            sessions[path].run(None, feed)
             if turn >= 2:
                 times[path].append(time.perf_counter() - start)
     return times
