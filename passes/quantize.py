@@ -81,8 +81,7 @@ class Quantize(Pass):
     float_until: float = Field(
         30.0,
         gt=0,
-        description="how far the output error may be below the outputs, in dB, for layers to be left in float: "
-        "once it is less, no more are",
+        description="error of the outputs, in dB below them, that is small enough: no more layers stay float",
     )
     float_sums: bool = Field(
         False,
