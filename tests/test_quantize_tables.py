@@ -79,3 +79,16 @@ def test_they_are_stored_alone_when_no_layer_on_codes_reads_them():
     assert not [change for change in outcome.changes if "looked up in codes" in change.what]
     kinds = [t for n, t in types_of(result).items() if result.constant(n).size == 300]
     assert kinds == [TensorProto.INT8]
+
+
+def test_those_with_nan_are_not():
+    graph = graph_of()
+    table = np.array(graph.constant("E"))
+    table[49] = np.nan  # a row that the data never looks up
+    graph.set_constant("E", table)
+    feeds = [{name: value % 9 for name, value in feed.items()} for feed in feeds_of()]
+    result = graph.copy()
+    step = Quantize(target="onnxruntime-x86-vnni", rounding="nearest", ranges="minmax")
+    outcome = step.run(result, context_of(feeds))
+    assert "E" not in {change.where for change in outcome.changes if "looked up in codes" in change.what}
+    assert np.isnan(result.constant("E")[49]).all(), "nothing is lost"

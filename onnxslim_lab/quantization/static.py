@@ -30,6 +30,7 @@ from onnxslim_lab.quantization.planning import (
 )
 from onnxslim_lab.quantization.prepare import prepare
 from onnxslim_lab.quantization.qoperator import format_of, write_operators
+from onnxslim_lab.quantization.static_layers import why_not_finite
 from onnxslim_lab.quantization.weight_prepare import layer_names
 from onnxslim_lab.selection import Target, find_targets, matches
 
@@ -105,7 +106,7 @@ def plan_static(
     targets = select(model, step, outcome)
     dims = fed_sizes(model, next(iter(context.calibration.data.feeds), {}))
     layers, others = plan_layers(model, targets, scheme, dims)
-    tables = [layer for layer, _ in others if layer.op_type == "Gather"]
+    tables = [layer for layer, _ in others if layer.op_type == "Gather" and not why_not_finite(layer)]
     plan, unseen = make_plan(model, layers, scheme, context.calibration, tables)
     others += [(layer.layer, unseen[layer.name]) for layer in layers if layer.name in unseen]
     rounding = "gptq" if step.rounding == "auto" else step.rounding

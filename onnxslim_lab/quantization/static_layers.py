@@ -62,10 +62,10 @@ def why_not_static(layer: Layer, profile: Profile) -> str:
             return "its bias is computed or not one value for each column"
     if op_type == "Conv" and layer.bias and not layer.graph.is_constant(layer.bias):
         return "its bias is computed"
-    return _not_finite(layer)
+    return why_not_finite(layer)
 
 
-def _not_finite(layer: Layer) -> str:
+def why_not_finite(layer: Layer) -> str:
     """Return which constant of a layer has values that no code stands for, "" when none has."""
     added = added_bias(layer)
     bias = added[0].input[added[1]] if added else layer.bias
