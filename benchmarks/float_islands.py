@@ -21,8 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx.parser
-import onnxruntime
+from quantization_metrics import session
 from scipy.optimize import nnls
 
 import onnxslim_lab as lab
@@ -116,20 +115,15 @@ def extra_time(model: onnx.ModelProto, name: str, runs: int, folder: Path) -> fl
             allow_growth=True,
             cache=False,
         )
-        settings = onnxruntime.SessionOptions()
-        settings.intra_op_num_threads = 1
-        settings.log_severity_level = 4
-        sessions.append(
-            onnxruntime.InferenceSession(str(target), settings, providers=["CPUExecutionProvider"])
-        )
+        sessions.append(session(str(target)))
     differences = []
     flush = np.zeros(1 << 22, np.float32)  # models are larger than caches: neither finds its weights there
     for _ in range(runs):
         times = []
-        for session in sessions:
+        for made in sessions:
             flush += 1
             start = time.perf_counter()
-            session.run(None, feeds[0])
+            made.run(None, feeds[0])
             times.append(time.perf_counter() - start)
         differences.append(times[1] - times[0])
     return statistics.median(differences)

@@ -15,7 +15,7 @@ def cost_of(body, sizes, shape, outputs="float[N,4,8,8] y"):
     graph = model_of(body, sizes, outputs=outputs, inputs=f"float[{','.join(map(str, shape))}] x")
     step = Quantize(target="onnxruntime-x86-vnni", ranges="minmax", rounding="nearest")
     planned = plan_static(graph, step, scheme_of(step), context_of(feeds_of((2, *shape[1:]))), Outcome())
-    return FloatCost(planned.plan, planned.judge.sizes)
+    return FloatCost(planned.plan)
 
 
 def conversions(*elements):

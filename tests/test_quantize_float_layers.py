@@ -46,12 +46,11 @@ def test_what_causes_most_in_all_is_packed_into_the_budget(sizes, budget):
     chosen = pack(candidates, budget)
     assert len({one.names for one in chosen}) == len(chosen)
     assert sum(one.macs for one in chosen) <= budget
-    worth = candidates
-    units = {one.names: -(-one.macs * 1000 // budget) for one in worth}
+    units = {one.names: -(-one.macs * 1000 // budget) for one in candidates}
     best = max(
         sum(one.caused for one in part)
-        for size in range(len(worth) + 1)
-        for part in itertools.combinations(worth, size)
+        for size in range(len(candidates) + 1)
+        for part in itertools.combinations(candidates, size)
         if sum(units[one.names] for one in part) <= 1000
     )
     assert sum(one.caused for one in chosen) == pytest.approx(best)

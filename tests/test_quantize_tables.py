@@ -40,12 +40,8 @@ def test_they_are_stored_on_the_grid_of_what_reads_them_and_change_nothing(writt
     tables = [change for change in outcome.changes if "looked up in codes" in change.what]
     assert {change.where for change in tables} == {"E", "F"}
     assert sum(change.bytes_after for change in tables) == 50 * 6 + 9 * 2
-    assert sorted(result.constant(n).size for n, t in types_of(result).items() if t == TensorProto.UINT8)[
-        -2:
-    ] == [
-        18,
-        300,
-    ]
+    sizes = sorted(result.constant(n).size for n, t in types_of(result).items() if t == TensorProto.UINT8)
+    assert sizes[-2:] == [18, 300]
     assert all(result.constant(n).size < 8 for n, t in types_of(result).items() if t == TensorProto.FLOAT)
     gathers = [node.output[0] for node in graph.nodes if node.op_type == "Gather"]
     other, _ = quantized(graph, format=written, exclude=tuple(gathers))

@@ -8,9 +8,8 @@ multiply-accumulate of a usual layer takes longer in float, on one thread of an 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 
-from onnxslim_lab.macs import model_macs
 from onnxslim_lab.quantization.placement import Placement
 from onnxslim_lab.quantization.plan import Plan
 from onnxslim_lab.quantization.static_layers import StaticLayer
@@ -24,28 +23,27 @@ class FloatCost:
     """Tells what it costs to leave layers of a plan float.
 
     Args:
-        plan: The plan; its ranges and weights do not matter.
-        sizes: Of the symbolic dimensions of the inputs, as `fed_sizes` gives them. Values whose size is not
-            known from them cost the call of their conversion alone.
+        plan: The plan; its ranges and weights do not matter. Values whose size it does not know cost the call
+            of their conversion alone.
     """
 
-    def __init__(self, plan: Plan, sizes: Mapping[str, int]) -> None:
+    def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._elements = model_macs(plan.model, sizes).elements
         self._layers = {layer.name: layer for layer in plan.layers}
-        self._conversions = self._converted(())
+        self._known: dict[frozenset[str], float] = {}  # the same sets are asked for under other ranges
 
     def of(self, names: Collection[str]) -> float:
         """Return what leaving these layers float costs, in multiply-accumulates; negative where it saves time."""
         layers = sum(_products(self._layers[name]) for name in names)
-        return layers + self._converted(names) - self._conversions
+        return layers + self._converted(frozenset(names)) - self._converted(frozenset())
 
-    def _converted(self, without: Collection[str]) -> float:
-        cost = 0.0
-        for placed in self._plan.placements(without):
-            for value in converted(placed):
-                cost += _CONVERSION + _ELEMENT * self._elements.get(value, 0)
-        return cost
+    def _converted(self, without: frozenset[str]) -> float:
+        if without not in self._known:
+            values = [value for placed in self._plan.placements(without) for value in converted(placed)]
+            self._known[without] = sum(
+                _CONVERSION + _ELEMENT * self._plan.elements.get(value, 0) for value in values
+            )
+        return self._known[without]
 
 
 def _products(planned: StaticLayer) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from onnxslim_lab.base import Context
@@ -50,7 +50,7 @@ def choose_float(
         enough: The loss that is as good as none.
     """
     plan = judge.plan
-    cost, budget = FloatCost(plan, judge.sizes), share * plan.macs
+    cost, budget = FloatCost(plan), share * plan.macs
     price = Price(cost, budget, enough, _WORTH_ALONE)
     found = []
     for method in dict.fromkeys((plan.ranges, "minmax") if ranges else (plan.ranges,)):
@@ -90,12 +90,7 @@ def float_layers(judge: Judge, price: Price, context: Context) -> Choice:
     none = Choice((), whole, whole)
     if not price.enough < whole < math.inf:
         return none
-    measured = []
-    for number, group in enumerate(candidates):
-        names = tuple(layer.name for layer in group)
-        context.progress(number + 1, len(candidates), f"sensitivity of {names[0]}")
-        measured.append(Restored(names, _macs(group), judge.loss(only=names) / whole))
-    worth = [one for one in measured if one.caused > _NOTICEABLE]
+    worth = _noticed(candidates, context, lambda names: judge.loss(only=names) / whole)
     if not worth:
         return none
     parts = [
@@ -132,13 +127,11 @@ def more_layers(judge: Judge, choice: Choice, price: Price, context: Context) ->
         for group in _candidates(judge, price.budget - choice.macs)
         if not set(choice.names).intersection(layer.name for layer in group)
     ]
-    gains = []
-    for number, group in enumerate(candidates):
-        names = tuple(layer.name for layer in group)
-        context.progress(number + 1, len(candidates), f"sensitivity of {names[0]} beside the chosen")
-        loss = _loss_without(judge, [*choice.names, *names], coded=choice.coded)
-        gains.append(Restored(names, _macs(group), 1 - loss / choice.after, beside=True))
-    worth = [one for one in gains if one.caused > _NOTICEABLE]
+
+    def gain(names: tuple[str, ...]) -> float:
+        return 1 - _loss_without(judge, [*choice.names, *names], coded=choice.coded) / choice.after
+
+    worth = _noticed(candidates, context, gain, beside=True)
     choices = [choice]
     for part in _parts(price.path(worth, choice, all_of=False)):
         both = (*choice.restored, *part)
@@ -150,6 +143,23 @@ def more_layers(judge: Judge, choice: Choice, price: Price, context: Context) ->
 def _candidates(judge: Judge, budget: float) -> list[tuple[StaticLayer, ...]]:
     counted = [layer for layer in judge.plan.layers if layer.macs is not None]
     return [group for group in groups_of(counted) if _macs(group) <= budget]
+
+
+def _noticed(
+    candidates: Sequence[tuple[StaticLayer, ...]],
+    context: Context,
+    part: Callable[[tuple[str, ...]], float],
+    *,
+    beside: bool = False,
+) -> list[Restored]:
+    """Return the candidates that a noticeable part of the loss is due to, as `part` measures it."""
+    found = []
+    for number, group in enumerate(candidates):
+        names = tuple(layer.name for layer in group)
+        told = f"sensitivity of {names[0]}" + (" beside the chosen" if beside else "")
+        context.progress(number + 1, len(candidates), told)
+        found.append(Restored(names, _macs(group), part(names), beside=beside))
+    return [one for one in found if one.caused > _NOTICEABLE]
 
 
 def _parts(path: Sequence[Restored]) -> list[tuple[Restored, ...]]:

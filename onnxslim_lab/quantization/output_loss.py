@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from onnxslim_lab.base import Context
 from onnxslim_lab.errors import SessionError
 from onnxslim_lab.graph import Graph
-from onnxslim_lab.macs import fed_sizes
 from onnxslim_lab.quantization.plan import Plan
 from onnxslim_lab.quantization.ranges import Method
 from onnxslim_lab.worker.messages import Value
@@ -62,11 +61,6 @@ class Judge:
         )
         enough = max(_FEWEST_FEEDS, int(np.searchsorted(sizes, _ELEMENTS)))
         self._feeds, self._reference = chosen[:enough], reference[:enough]
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Sizes of the symbolic dimensions of the inputs in the first feed."""
-        return fed_sizes(self.plan.model, self._feeds[0] if self._feeds else {})
 
     def loss(self, *, without: Iterable[str] = (), only: Iterable[str] | None = None) -> float:
         """Return the loss of quantizing some layers, as `Plan.write`; infinite when the model does not run."""

@@ -72,6 +72,7 @@ class Plan:
         scheme: The types.
         statistics: Of every value that any choice of these layers quantizes.
         tables: Gather layers whose tables may be stored in codes.
+        elements: How many a value has, by name, where that is known.
         rounded: Codes of weights that were rounded otherwise than to nearest, by layer name.
         methods: Ways to choose the ranges of single values.
         method: The way for the others; None: the scheme's.
@@ -84,6 +85,7 @@ class Plan:
     scheme: Scheme
     statistics: Statistics
     tables: Sequence[Layer] = ()
+    elements: Mapping[str, int] = field(default_factory=dict)
     rounded: dict[str, Codes] = field(default_factory=dict)
     shifts: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
     methods: dict[tuple[Place, str], Method] = field(default_factory=dict)

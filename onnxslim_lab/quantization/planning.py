@@ -12,7 +12,7 @@ from onnxslim_lab.base import Outcome, Progress
 from onnxslim_lab.errors import ParameterError
 from onnxslim_lab.graph import Graph
 from onnxslim_lab.layers import Layer
-from onnxslim_lab.macs import model_macs
+from onnxslim_lab.macs import Macs
 from onnxslim_lab.profiles import find_profile
 from onnxslim_lab.quantization.layer_rounding import output_shift, round_layer
 from onnxslim_lab.quantization.plan import Plan, Scheme, bias_of, values_of
@@ -56,10 +56,10 @@ def least_opset(scheme: Scheme, *, half: bool) -> int:
 
 
 def plan_layers(
-    model: Graph, targets: list[Target], scheme: Scheme, dims: dict[str, int]
+    targets: list[Target], scheme: Scheme, macs: Macs
 ) -> tuple[list[StaticLayer], list[tuple[Layer, str]]]:
     """Return the layers that can run on codes, and those that cannot, with the reason."""
-    counts = {node_place(layer.graph, layer.node): count for layer, count in model_macs(model, dims).layers}
+    counts = {node_place(layer.graph, layer.node): count for layer, count in macs.layers}
     found: list[StaticLayer] = []
     others: list[tuple[Layer, str]] = []
     names: Counter[str] = Counter()

@@ -10,7 +10,7 @@ from onnxslim_lab.base import Change, Context, Outcome
 from onnxslim_lab.errors import ParameterError
 from onnxslim_lab.graph import Graph
 from onnxslim_lab.layers import Layer
-from onnxslim_lab.macs import fed_sizes
+from onnxslim_lab.macs import fed_sizes, model_macs
 from onnxslim_lab.quantization import weight_jobs
 from onnxslim_lab.quantization.float_layers import choose_float, float_sums
 from onnxslim_lab.quantization.float_weights import (
@@ -105,9 +105,11 @@ def plan_static(
     prepare(model, least_opset(scheme, half=half), context, outcome)
     targets = select(model, step, outcome)
     dims = fed_sizes(model, next(iter(context.calibration.data.feeds), {}))
-    layers, others = plan_layers(model, targets, scheme, dims)
+    macs = model_macs(model, dims)
+    layers, others = plan_layers(targets, scheme, macs)
     tables = [layer for layer, _ in others if layer.op_type == "Gather" and not why_not_finite(layer)]
     plan, unseen = make_plan(model, layers, scheme, context.calibration, tables)
+    plan.elements = macs.elements
     others += [(layer.layer, unseen[layer.name]) for layer in layers if layer.name in unseen]
     rounding = "gptq" if step.rounding == "auto" else step.rounding
     if step.ranges == "auto":
@@ -134,13 +136,8 @@ def _stay_float(judge: Judge, step: Quantize, context: Context, outcome: Outcome
         _sum_in_float(judge, (), context, outcome)
     if not step.float_macs:
         return [], 0.0
-    choice = choose_float(
-        judge,
-        step.float_macs,
-        context,
-        ranges=step.ranges == "auto",
-        enough=10 ** (-step.float_until / 10),
-    )
+    enough = 10 ** (-step.float_until / 10)
+    choice = choose_float(judge, step.float_macs, context, ranges=step.ranges == "auto", enough=enough)
     for one in choice.restored:
         for name in one.names:
             share = one.macs / max(plan.macs, 1)
@@ -153,7 +150,7 @@ def _stay_float(judge: Judge, step: Quantize, context: Context, outcome: Outcome
             outcome.refuse(name, f"stays float: {why}, with {share:.2%} of the multiply-accumulates")
     names = choice.names
     if names:
-        share = sum(one.macs for one in choice.restored) / max(plan.macs, 1)
+        share = choice.macs / max(plan.macs, 1)
         what = (
             f"{len(names)} layers with {share:.1%} of the multiply-accumulates stay float: the output error falls "
             f"from {decibels(choice.before):.1f} to {decibels(choice.after):.1f} dB"
@@ -162,8 +159,8 @@ def _stay_float(judge: Judge, step: Quantize, context: Context, outcome: Outcome
         if choice.ranges:
             outcome.change(plan.model.name, f"then {choice.ranges}")
     else:
-        near = decibels(choice.before) <= -step.float_until
-        why = f"is {decibels(choice.before):.1f} dB" if near else "falls noticeably with none"
+        error = f"is {decibels(choice.before):.1f} dB"
+        why = error if choice.before <= enough else "falls noticeably with none"
         outcome.refuse(plan.model.name, f"no layer stays float: the output error {why}")
     if names and step.float_sums:
         _sum_in_float(judge, names, context, outcome)
