@@ -13,6 +13,7 @@ from onnxslim_lab.equalization.ends import channel_axis
 from onnxslim_lab.equalization.region import Region
 from onnxslim_lab.equalization.regions import copied, find_regions, layer_nodes
 from onnxslim_lab.equalization.scales import Noise
+from onnxslim_lab.equalization.shifts import find_shift, find_streams, write_shift
 from onnxslim_lab.equalization.trials import keep_what_helps
 from onnxslim_lab.equalization.writing import write
 from onnxslim_lab.errors import ParameterError
@@ -28,6 +29,7 @@ class Equalize(Pass):
 
     before: y = W2 f(W1 x + b)                       after: y = (W2 S) f((1/S W1) x + b/S)
     before: y = W LayerNormalization(x, g, b)        after: y = (W S) LayerNormalization(x, g/S, b/S)
+    before: y = W2 (W1 x + b1) + b2                  after: y = W2 (W1 x + (b1 - c)) + (b2 + W2 c)
 
     f is anything through which a positive scale of channels passes: Relu, LeakyRelu, pooling, Pad with 0,
     Reshape, Transpose, Resize, Slice, Gather, Concat, Split, Add of branches (which then share their scales), Mul by a gate,
@@ -76,6 +78,10 @@ class Equalize(Pass):
         description="in how many parts scales are tried on quantized copies of the model and kept where its outputs "
         "get better; 0: all are kept, untried",
     )
+    shift: bool = Field(
+        True,
+        description="with calibration data, also centre channels that only linear layers read, through the biases",
+    )
     copy_norms: bool = Field(
         False,
         description="where a residual path keeps a normalization from being scaled, give the layers a copy of it",
@@ -112,6 +118,8 @@ class Equalize(Pass):
             )
         outcome = Outcome()
         graph.infer()
+        if calibration is not None and self.shift:
+            _centre(graph, calibration, outcome)
         everything = self._regions(graph, outcome, measured=calibration is not None)
         regions = everything
         statistics = None
@@ -184,6 +192,31 @@ class Equalize(Pass):
                 if not copies:
                     outcome.refuse(name_of(region), reason)
         return found
+
+
+def _centre(model: Graph, calibration: Calibration, outcome: Outcome) -> None:
+    """Shift the channels of streams of values where that leaves less to be rounded."""
+    streams = [stream for graph in model.walk() for stream in find_streams(graph, find_layers(graph)[0])]
+    if not streams:
+        return
+    statistics = calibration.collect(model, [want for stream in streams for want in stream.wants()])
+    for stream in streams:
+        shift = find_shift(stream, statistics)
+        if shift is None:
+            continue
+        makers = [slot.name for slot in stream.makers.values()]
+        readers = list(dict.fromkeys(reader.layer.name for reader in stream.readers))
+        problem = write_shift(shift)
+        if problem:
+            outcome.refuse(readers[0], problem)
+            continue
+        outcome.changes.append(
+            Change(
+                where=readers[0],
+                what=f"centred channels from {', '.join(makers)} to {', '.join(readers)}",
+                detail={"noise": shift.after / shift.before},
+            )
+        )
 
 
 def _trouble(region: Region, *, measured: bool) -> str:

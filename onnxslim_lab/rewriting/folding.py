@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import TensorProto
+from onnx import NodeProto, TensorProto
 
 from onnxslim_lab.graph import attribute, is_op
 from onnxslim_lab.layer_views.kinds import GemmKind
@@ -157,14 +157,18 @@ def _in_product(sink: Sink, shift: Doubles) -> Doubles:
     return np.asarray(product.reshape(-1))
 
 
+def pads_its_input(node: NodeProto) -> bool:
+    """Whether a Conv reads zeros around its input; no other layer does."""
+    padding = attribute(node, "auto_pad", "NOTSET") if is_op(node, "Conv") else "VALID"
+    return bool(padding.startswith("SAME") or (padding == "NOTSET" and any(attribute(node, "pads", ()))))
+
+
 def _shift_trouble(sink: Sink) -> str:
     node = sink.layer.node
     if sink.layer.op_type == "ConvTranspose":
         return "a shift before ConvTranspose is not constant at the borders"
-    if sink.layer.op_type == "Conv":
-        padding = attribute(node, "auto_pad", "NOTSET")
-        if padding.startswith("SAME") or (padding == "NOTSET" and any(attribute(node, "pads", ()))):
-            return "a shift before padding does not reach the padded border"
+    if pads_its_input(node):
+        return "a shift before padding does not reach the padded border"
     if sink.layer.op_type == "MatMul" and sink.layer.groups > 1:
         return "the batched weight has no bias to take a shift"
     if sink.layer.stored.data_type not in _WIDE:
