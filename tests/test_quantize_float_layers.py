@@ -75,9 +75,7 @@ def test_layers_are_chosen_under_ranges_that_clip_and_under_those_that_do_not(mo
         return Choice((Restored((named[judge.plan.method],), 1, 0.5),), 3.0, 2.5)
 
     monkeypatch.setattr(float_layers, "float_layers", found)
-    monkeypatch.setattr(
-        float_layers, "_loss_without", lambda _, names, *, coded: losses[names[0]] + 0 * coded
-    )
+    monkeypatch.setattr(float_layers, "loss_without", lambda _, names, *, coded: losses[names[0]] + 0 * coded)
     choice = choose_float(judge, 0.5, Context(), ranges=True)
     assert choice.names == [named[better]]
     assert (choice.before, choice.after) == (3.0, 1.0)
@@ -131,7 +129,7 @@ def judged(monkeypatch, losses):
         plan = Plan()
 
     monkeypatch.setattr(
-        float_layers, "_loss_without", lambda _, names, *, coded: losses["".join(sorted(names))] + 0 * coded
+        float_layers, "loss_without", lambda _, names, *, coded: losses["".join(sorted(names))] + 0 * coded
     )
     return Judge()
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from onnxslim_lab.quantization.float_cost import FloatCost
 
 _LEAST_LEFT = 0.02  # part of the loss that stays whatever is restored: what layers cause alone is an estimate
+_LARGEST_EXPONENT = 700.0  # that a float holds the power of; a price that high is never paid
 _ROOM = 1000  # units of the budget that sets of layers are packed by
 
 
@@ -91,7 +92,8 @@ class Price:
 
     def of(self, loss: float, names: Collection[str]) -> float:
         """Return the loss that would be as good if no layer stayed float."""
-        return float(max(loss, self.enough) * self._worth ** -(self._cost.of(names) / max(self.budget, 1)))
+        time = self._cost.of(names) / max(self.budget, 1)
+        return max(loss, self.enough) * math.exp(min(-math.log(self._worth) * time, _LARGEST_EXPONENT))
 
     def path(self, candidates: Sequence[Restored], start: Choice, *, all_of: bool) -> list[Restored]:
         """Return candidates in the order in which to restore them, each what gains most behind those before.

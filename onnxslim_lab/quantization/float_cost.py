@@ -12,7 +12,7 @@ from collections.abc import Collection
 
 from onnxslim_lab.quantization.placement import Placement
 from onnxslim_lab.quantization.plan import Plan
-from onnxslim_lab.quantization.static_layers import StaticLayer
+from onnxslim_lab.quantization.static_layers import Key, StaticLayer
 
 _WEIGHT = 8.0  # four bytes of it are read instead of one
 _ELEMENT = 60.0  # converted, one way
@@ -23,27 +23,32 @@ class FloatCost:
     """Tells what it costs to leave layers of a plan float.
 
     Args:
-        plan: The plan; its ranges and weights do not matter. Values whose size it does not know cost the call
+        plan: The plan as it is with nothing float; its ranges and weights do not matter. Values whose size it does not know cost the call
             of their conversion alone.
     """
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._layers = {layer.name: layer for layer in plan.layers}
-        self._known: dict[frozenset[str], float] = {}  # the same sets are asked for under other ranges
+        self._known: dict[tuple[frozenset[str], frozenset[Key]], float] = {}  # asked for under many ranges
+        self._coded = self._converted(frozenset())
 
     def of(self, names: Collection[str]) -> float:
-        """Return what leaving these layers float costs, in multiply-accumulates; negative where it saves time."""
+        """Return what leaving these layers float costs, and the sums that the plan has in float.
+
+        In multiply-accumulates; negative where it saves time.
+        """
         layers = sum(_products(self._layers[name]) for name in names)
-        return layers + self._converted(frozenset(names)) - self._converted(frozenset())
+        return layers + self._converted(frozenset(names)) - self._coded
 
     def _converted(self, without: frozenset[str]) -> float:
-        if without not in self._known:
+        key = without, frozenset(self._plan.residuals)
+        if key not in self._known:
             values = [value for placed in self._plan.placements(without) for value in converted(placed)]
-            self._known[without] = sum(
+            self._known[key] = sum(
                 _CONVERSION + _ELEMENT * self._plan.elements.get(value, 0) for value in values
             )
-        return self._known[without]
+        return self._known[key]
 
 
 def _products(planned: StaticLayer) -> float:

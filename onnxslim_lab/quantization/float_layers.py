@@ -9,8 +9,9 @@ from dataclasses import replace
 from onnxslim_lab.base import Context
 from onnxslim_lab.quantization.float_choice import Choice, Price, Restored, names_of, pack
 from onnxslim_lab.quantization.float_cost import FloatCost
-from onnxslim_lab.quantization.float_weights import round_in_float
+from onnxslim_lab.quantization.float_weights import loss_without
 from onnxslim_lab.quantization.output_loss import Judge, choose_ranges
+from onnxslim_lab.quantization.residuals import float_residuals
 from onnxslim_lab.quantization.static_layers import StaticLayer
 
 GROUPS = 100
@@ -36,7 +37,7 @@ def groups_of(layers: Sequence[StaticLayer], most: int = GROUPS) -> list[tuple[S
 def choose_float(
     judge: Judge, share: float, context: Context, *, ranges: bool, enough: float = 0.0
 ) -> Choice:
-    """Return the layers to leave float.
+    """Return the layers to leave float; sums of residual connections that are worth it stay so in the plan.
 
     Where the outputs choose the ranges, they are tried under ranges that clip nothing as well as under those that
     suit all layers quantized. Clipping is a compromise with the layers that suffer without it: these can as well
@@ -58,16 +59,16 @@ def choose_float(
         choice = float_layers(judge, price, context)
         if choice.restored and ranges:
             told = choose_ranges(judge, choice.names)
-            after = _loss_without(judge, choice.names, coded=choice.coded)
+            after = loss_without(judge, choice.names, coded=choice.coded)
             choice = replace(choice, after=after, ranges=told)
         found.append((choice, plan.ranges))
     best, method = min(found, key=lambda one: price.of(one[0].after, one[0].names))
     plan.use_ranges(method)
-    return (
-        more_layers(judge, best, Price(cost, budget, enough, _WORTH_BESIDE), context)
-        if best.restored
-        else best
-    )
+    if best.after <= enough:
+        return best
+    price = Price(cost, budget, enough, _WORTH_BESIDE)
+    best = float_residuals(judge, best, price, context)
+    return more_layers(judge, best, price, context) if best.restored else best
 
 
 def float_layers(judge: Judge, price: Price, context: Context) -> Choice:
@@ -98,7 +99,7 @@ def float_layers(judge: Judge, price: Price, context: Context) -> Choice:
         *_parts(price.path(pack(worth, price.budget), none, all_of=True)),
     ]
     choices = [
-        Choice(part, whole, _loss_without(judge, names_of(part), coded=coded), coded)
+        Choice(part, whole, loss_without(judge, names_of(part), coded=coded), coded)
         for part in dict.fromkeys(parts)
         for coded in (True, False)
     ]
@@ -129,13 +130,13 @@ def more_layers(judge: Judge, choice: Choice, price: Price, context: Context) ->
     ]
 
     def gain(names: tuple[str, ...]) -> float:
-        return 1 - _loss_without(judge, [*choice.names, *names], coded=choice.coded) / choice.after
+        return 1 - loss_without(judge, [*choice.names, *names], coded=choice.coded) / choice.after
 
     worth = _noticed(candidates, context, gain, beside=True)
     choices = [choice]
     for part in _parts(price.path(worth, choice, all_of=False)):
         both = (*choice.restored, *part)
-        after = _loss_without(judge, names_of(both), coded=choice.coded)
+        after = loss_without(judge, names_of(both), coded=choice.coded)
         choices.append(replace(choice, restored=both, after=after))
     return min(choices, key=lambda one: price.of(one.after, one.names))
 
@@ -166,15 +167,6 @@ def _parts(path: Sequence[Restored]) -> list[tuple[Restored, ...]]:
     """Return the beginnings of a path that are tried, the whole path last."""
     ends = {math.ceil(len(path) * step / _STEPS) for step in range(1, _STEPS + 1)} - {0}
     return [tuple(path[:end]) for end in sorted(ends)]
-
-
-def _loss_without(judge: Judge, names: Sequence[str], *, coded: bool) -> float:
-    """Return the loss with layers left float, their weights as they are or rounded as in codes."""
-    graph = judge.plan.model.copy()
-    judge.plan.write(graph, without=names)
-    if coded:
-        round_in_float(graph, names, judge.plan)
-    return judge.loss_of(graph)
 
 
 def float_sums(judge: Judge, without: Sequence[str], context: Context) -> tuple[float, float]:

@@ -74,6 +74,15 @@ def store_weights(
     weight_only.quantize_jobs(model, jobs, how, context, outcome)
 
 
+def loss_without(judge: Judge, names: Collection[str], *, coded: bool) -> float:
+    """Return the loss of a plan with layers left float, their weights as they are or rounded as in codes."""
+    graph = judge.plan.model.copy()
+    judge.plan.write(graph, without=names)
+    if coded:
+        round_in_float(graph, names, judge.plan)
+    return judge.loss_of(graph)
+
+
 def round_in_float(model: Graph, names: Collection[str], plan: Plan) -> None:
     """Round the weights of layers that stay float as their codes would be, but for the smallest ones.
 

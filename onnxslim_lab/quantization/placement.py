@@ -65,6 +65,7 @@ def place(
     by_codes: bool = True,
     summed: Collection[int] = (),
     tables: Collection[int] = (),
+    floats: Collection[int] = (),
 ) -> Placement:
     """Return what to quantize so that `layers` run on codes.
 
@@ -75,8 +76,11 @@ def place(
         by_codes: Whether Relu, Clip and Pad may be put between codes.
         summed: Ids of the Conv nodes whose results stay float, but for what takes codes.
         tables: Ids of the Gather nodes whose constant tables may be stored in codes.
+        floats: Ids of the nodes between layers that are computed in float in any case.
     """
-    return _Placing(graph, layers, operators, by_codes=by_codes, summed=summed, tables=tables).run()
+    return _Placing(
+        graph, layers, operators, by_codes=by_codes, summed=summed, tables=tables, floats=floats
+    ).run()
 
 
 def fused_output(graph: Graph, node: NodeProto) -> str:
@@ -101,9 +105,11 @@ class _Placing:
         by_codes: bool,
         summed: Collection[int],
         tables: Collection[int],
+        floats: Collection[int],
     ) -> None:
         self.summed = summed
         self.tables = tables
+        self.floats = floats
         self.operators = operators
         self.graph = graph
         self.nodes = graph.nodes
@@ -141,7 +147,8 @@ class _Placing:
         """Return the values that layers give quantized in any case, those of Conv."""
         made = []
         for node in self.nodes:
-            if id(node) not in self.layers and kind_of(self.graph, node, self.operators) != "own":
+            own = id(node) not in self.floats and kind_of(self.graph, node, self.operators) == "own"
+            if id(node) not in self.layers and not own:
                 continue
             value = self.results[id(node)] = fused_output(self.graph, node)
             if value != node.output[0]:
@@ -162,6 +169,8 @@ class _Placing:
     def _kind(self, node: NodeProto) -> str:
         if id(node) in self.layers or id(node) in self.fused:
             return "layer"
+        if id(node) in self.floats:
+            return "float"
         if self.by_codes and is_gate(self.graph, node):
             return "gate"
         kind = kind_of(self.graph, node, self.operators)

@@ -78,6 +78,7 @@ class Plan:
         method: The way for the others; None: the scheme's.
         shifts: What their rounding takes from the mean of each output, to be added to the bias.
         summed: Names of Conv layers that give the sums of products in float, unrounded, as ConvInteger does.
+        residuals: Adds between layers on codes that are computed in float.
     """
 
     model: Graph
@@ -91,6 +92,7 @@ class Plan:
     methods: dict[tuple[Place, str], Method] = field(default_factory=dict)
     method: Method | None = None
     summed: set[str] = field(default_factory=set)
+    residuals: set[Key] = field(default_factory=set)
     _ranges: dict[tuple[Place, str, Method], Range] = field(default_factory=dict)
     _weights: dict[str, Codes] = field(default_factory=dict)
 
@@ -189,6 +191,9 @@ class Plan:
             by_codes=self.scheme.by_codes,
             summed=[id(layer.node) for planned, layer in found if planned.name in self.summed],
             tables=nodes_of(part, self.tables),
+            floats=[
+                id(node) for node in part.nodes if self.residuals and node_place(part, node) in self.residuals
+            ],
         )
 
     def _chosen(self, without: Iterable[str], only: Iterable[str] | None) -> dict[Key, StaticLayer]:

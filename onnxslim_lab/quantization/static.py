@@ -149,6 +149,8 @@ def _stay_float(judge: Judge, step: Quantize, context: Context, outcome: Outcome
             )
             outcome.refuse(name, f"stays float: {why}, with {share:.2%} of the multiply-accumulates")
     names = choice.names
+    if plan.residuals:
+        outcome.change(plan.model.name, f"{len(plan.residuals)} sums of residual connections stay float")
     if names:
         share = choice.macs / max(plan.macs, 1)
         what = (
