@@ -28,7 +28,7 @@ TIMEOUT = 1800.0
 JUDGED = 32  # feeds of the calibration data that choose between ways of ours
 LEARNED = frozenset({"efficientnet_lite0"})  # learned rounding takes twice the time, and gains 0.2 dB here
 ENOUGH = 30  # dB of output error, for layers to be left in float; more where a target or a peer has less:
-MORE = {"efficientnet_lite0": 40, "ppocrv2_cls": 50} | dict.fromkeys(
+MORE = {"efficientnet_lite0": 32, "ppocrv2_cls": 50} | dict.fromkeys(
     (f"silero_vad{end}" for end in ("", "_16k_op15", "_half", "_openvino_16k", "_op18_ifless")), 40
 )
 MEMORY = 4 << 30  # light_vgg19 decodes to half a gigabyte
