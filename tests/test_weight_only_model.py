@@ -13,7 +13,7 @@ from onnxslim_lab.graph import Graph
 from onnxslim_lab.passes.quantize import Quantize
 from onnxslim_lab.passes.strip import Strip
 from onnxslim_lab.quantization.weight_fill import refill, spread_fills
-from onnxslim_lab.quantization.weight_metric import table_metric
+from onnxslim_lab.quantization.weight_metric import Spread, table_metric
 from onnxslim_lab.runtime import Interpreter
 from onnxslim_lab.second_opinion import second_opinion
 from onnxslim_lab.selection import find_targets
@@ -133,6 +133,33 @@ def test_the_metric_of_a_table_is_the_gram_matrix_of_what_follows():
     )
     rest = ~np.eye(32, dtype=bool)
     assert np.corrcoef(found[rest], wanted[rest])[0, 1] > 0.95
+
+
+def test_a_metric_is_trusted_as_far_as_its_samples_agree():
+    rng = np.random.default_rng(0)
+    truth = rng.normal(size=(40, 40))
+    truth = truth @ truth.T
+    distances = []
+    for noise in (0.0, 5.0, 80.0):
+        samples = [truth + (e + e.T) * noise for e in rng.normal(size=(8, 40, 40))]
+        spread = Spread(40)
+        for sample in samples:
+            spread.add(sample)
+        found, plain = spread.shrunk(), sum(samples)
+        np.testing.assert_array_equal(np.diagonal(found), np.diagonal(plain))
+        rest = ~np.eye(40, dtype=bool)
+        variance = np.var(samples, axis=0, ddof=1)[rest].sum() * 8
+        kept = max(1 - variance / np.sum(plain[rest] ** 2), 0)
+        np.testing.assert_allclose(found[rest], kept * plain[rest], rtol=1e-6, atol=1e-6)
+        distances.append([np.linalg.norm((m / 8 - truth)[rest]) for m in (found, plain)])
+    assert distances[0] == pytest.approx([0, 0], abs=1e-6)
+    assert distances[2][0] < 0.7 * distances[2][1], "noise is worth less than nothing"
+
+
+def test_of_one_sample_half_is_trusted():
+    spread = Spread(2)
+    spread.add(np.array([[2.0, 1.0], [1.0, 3.0]]))
+    assert spread.shrunk().tolist() == [[2, 0.5], [0.5, 3]]
 
 
 def test_tables_are_rounded_so_that_the_outputs_change_less():

@@ -30,7 +30,6 @@ _FEEDS = 16
 _STEP = 0.03  # of the table's standard deviation
 _NOISE = 1e-5  # two runs alike differ by more only where random numbers are drawn
 _BUCKETS = 4096  # outputs of more values are hashed to so many sums
-_TRUST = 0.5  # what is off the diagonal is halved: it was measured at few positions
 
 
 def table_metric(model: Graph, layers: Sequence[Layer], context: Context) -> Array | None:
@@ -53,7 +52,7 @@ def table_metric(model: Graph, layers: Sequence[Layer], context: Context) -> Arr
     step = _STEP * max(float(np.std(layers[0].matrix)), 1e-6)
     moves = np.concatenate([np.zeros((2, length)), step * np.eye(length)]).astype(np.float32)
     feeds, sketch = context.calibration.data.feeds, _Sketch(context.seed)
-    found = np.zeros((length, length))
+    found = Spread(length)
     for number in range(min(len(feeds), _FEEDS, max(1, _RUNS // length))):
         side = random.choice(np.array([-1, 1], np.float32), (rows, 1))
         fed = ({**feeds[number], sides: side, direction: move} for move in moves)
@@ -64,13 +63,42 @@ def table_metric(model: Graph, layers: Sequence[Layer], context: Context) -> Arr
         if np.linalg.norm(shorts[0] - shorts[1]) > _NOISE * np.linalg.norm(shorts[0]):
             return None
         slopes = np.stack(shorts[2:]) - shorts[0]
-        found += slopes @ slopes.T
-    if not np.isfinite(found).all() or not np.diagonal(found).any():
-        return None
-    diagonal = np.diagonal(found).copy()
-    found *= _TRUST
-    np.fill_diagonal(found, diagonal)
-    return found
+        found.add(slopes @ slopes.T)
+    metric = found.shrunk()
+    return metric if np.isfinite(metric).all() and np.diagonal(metric).any() else None
+
+
+class Spread:
+    """The sum of matrices that measure one thing, and how far they agree about it.
+
+    Args:
+        length: Of their sides.
+    """
+
+    def __init__(self, length: int) -> None:
+        self._count = 0
+        self._sum, self._squares = np.zeros((length, length)), np.zeros((length, length))
+
+    def add(self, matrix: Array) -> None:
+        """Count one more matrix, (length, length)."""
+        self._count += 1
+        self._sum += matrix
+        self._squares += matrix**2
+
+    def shrunk(self) -> Array:
+        """Return the sum, float64 (length, length), with what is off its diagonal made less the less sure it is.
+
+        The part kept, 1 - sum(var) / sum(m^2) over the elements off the diagonal with the means m and their
+        variances var, leaves the least expected squared error: Ledoit & Wolf 2004, "A well-conditioned estimator
+        for large-dimensional covariance matrices", with the diagonal as the target. Of one matrix, half is kept.
+        """
+        off = ~np.eye(len(self._sum), dtype=bool)
+        power = self._sum[off] ** 2
+        kept = 0.5
+        if self._count > 1 and power.any():
+            noise = (self._count * self._squares[off] - power) / (self._count - 1)
+            kept = min(max(1 - float(noise.sum() / power.sum()), 0.0), 1.0)
+        return np.where(off, kept * self._sum, self._sum)
 
 
 def _probe(model: Graph, layers: Sequence[Layer]) -> tuple[Graph, str, str]:
