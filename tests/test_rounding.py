@@ -5,6 +5,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from onnxslim_lab.quantization.adaround import learn_rounding, reconstruction_target
+from onnxslim_lab.quantization.block_search import search_blocks
 from onnxslim_lab.quantization.codebook import round_codebook, weighted_codebook
 from onnxslim_lab.quantization.columns import Columns
 from onnxslim_lab.quantization.compensation import damping_for
@@ -266,3 +267,90 @@ def test_damping_keeps_compensation_from_few_rows_honest():
         for d in (0.01, damping_for(64, 32))
     ]
     assert errors[1] < 0.9 * errors[0]
+
+
+def plain_block_search(matrix, grid, codes, gram, factors, shifts):
+    """Row by row: every candidate of a block rounded by GPTQ, judged by the damped error of the whole row."""
+    hessian = gram + 0.01 * np.diag(gram).mean() * np.eye(len(gram))
+    hessian /= np.diag(hessian).mean()
+    result = codes.astype(np.int64)
+    scale, zero = grid.scale.astype(np.float64), grid.zero_point.astype(np.int64)
+
+    def values(row):
+        return np.concatenate(
+            [
+                (result[row, part] - zero[row, number]) * scale[row, number]
+                for number, part in enumerate(parts)
+            ]
+        )
+
+    def error(row):
+        change = values(row) - matrix[row]
+        return change @ hessian @ change
+
+    parts = [slice(start, min(start + grid.block, len(gram))) for start in range(0, len(gram), grid.block)]
+    for number, part in enumerate(parts):
+        own = hessian[part, part]
+        order = np.argsort(-np.diag(own), kind="stable")
+        for row in range(len(matrix)):
+            rest = values(row) - matrix[row]
+            rest[part] = 0
+            aim = matrix[row, part] - np.linalg.solve(own, hessian[part] @ rest)
+            floor = error(row) - (values(row)[part] - aim) @ own @ (values(row)[part] - aim)
+            best = error(row), scale[row, number], zero[row, number], result[row, part].copy()
+            start = best
+            for factor in factors:
+                for shift in shifts:
+                    scale[row, number] = np.float32(start[1] * factor)
+                    zero[row, number] = np.clip(start[2] + shift, *grid.limits)
+                    block = Grid(
+                        grid.kind,
+                        np.float32([[scale[row, number]]]),
+                        np.array([[zero[row, number]]], grid.kind.dtype),
+                        1,
+                        len(own),
+                    )
+                    result[row, part] = plain_gptq(aim[None], block, own, 0.0, order)[0]
+                    if error(row) - floor < (best[0] - floor) * (1 - 1e-4 * (best is start)):
+                        best = error(row), scale[row, number], zero[row, number], result[row, part].copy()
+            scale[row, number], zero[row, number], result[row, part] = best[1:]
+    return scale, zero, result
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_block_search_equals_the_plain_loop(symmetric):
+    matrix, gram = layer(rows=6, columns=20)
+    grid = grid_for(matrix, UINT4, "block", 8, symmetric)
+    start = quantize(matrix, grid)
+    found, codes = search_blocks(matrix, grid, start, gram, symmetric=symmetric)
+    factors, shifts = (0.88, 0.92, 0.96, 1.0, 1.04, 1.08, 1.12), (0,) if symmetric else (-1, 0, 1)
+    scale, zero, plain = plain_block_search(matrix, grid, start, gram, factors, shifts)
+    np.testing.assert_array_equal(codes, plain)
+    np.testing.assert_array_equal(found.zero_point, zero)
+    np.testing.assert_allclose(found.scale, scale, rtol=1e-6)
+    assert (codes != start).any()
+    assert (found.scale != grid.scale).any()
+
+
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_block_search_never_adds_to_the_damped_error(symmetric, wide):
+    matrix, gram = layer(rows=30, columns=70, dead=(2, 50))
+    hessian = gram + 0.01 * np.diag(gram).mean() * np.eye(len(gram))
+    hessian[[2, 50], [2, 50]] += np.diag(gram).mean()
+    grid = grid_for(matrix, INT4, "block", 32, symmetric)
+    codes = descend(matrix, grid, round_gptq(matrix, grid, gram), gram)
+    before = loss(matrix, codes, grid, hessian)
+    found, fresh = search_blocks(matrix, grid, codes, gram, symmetric=symmetric, wide=wide)
+    after = loss(matrix, fresh, found, hessian)
+    assert (after <= before * (1 + 1e-5)).all()
+    assert after.sum() < 0.97 * before.sum()
+    assert (found.scale > 0).all()
+    assert found.symmetric == grid.symmetric
+
+
+def test_the_search_of_blocks_lowers_the_error_of_fit(monkeypatch):
+    matrix, gram = layer(rows=40, columns=128, samples=600)
+    searched = fit(matrix, INT4, gram, block=32).error
+    monkeypatch.setattr("onnxslim_lab.quantization.fitting._FEW_BITS", 0)
+    assert searched < 0.98 * fit(matrix, INT4, gram, block=32).error

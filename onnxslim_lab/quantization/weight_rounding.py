@@ -20,6 +20,7 @@ from onnxslim_lab.quantization.weight_layout import Layout
 from onnxslim_lab.statistics import Gram
 
 _PIECE = 1 << 21  # elements at a time
+_FEW_BITS = 4  # of codes that gain by it
 _THOROUGH = 1 << 25  # elements times the length of a channel, up to which starts are many
 
 
@@ -85,6 +86,7 @@ def rounded(
             dtype=dtype,
             symmetric=scheme.symmetric,
             reduce_range=scheme.reduce_range,
+            thorough=kind.bits <= _FEW_BITS and rows.size * rows.shape[1] <= _THOROUGH,
         )
         if scheme.rounding == "adaround" and not kind.floating:
             item = replace(item, codes=learn_rounding(rows, item.grid, energy, start=item.codes))
