@@ -19,7 +19,7 @@ from onnxslim_lab.quantization.compensation import DAMPING, inverse_factor
 from onnxslim_lab.quantization.numerics import Grid, dequantize, safe_scale
 from onnxslim_lab.second_order.obs import damped
 
-_NEAR = (0.88, 0.92, 0.96, 1.0, 1.04, 1.08, 1.12)  # of the present scale
+_NEAR = (0.92, 0.96, 1.0, 1.04, 1.08)  # of the present scale
 _WIDE = tuple(np.linspace(0.55, 1.3, 26))
 _GAIN = 1e-4  # part of a block's error that a change has to gain: sums are float32
 _MEMORY = 1 << 22  # elements of all candidates of a block held at a time
@@ -43,7 +43,7 @@ def search_blocks(
         codes: Where to start, (out, in).
         gram: X^T X, (in, in).
         symmetric: Keep the zero points.
-        wide: Try scales from about half of the present ones to 1.3 times these; else within an eighth of them.
+        wide: Try scales from about half of the present ones to 1.3 times these; else within 8 % of them.
         damping: Part of the mean diagonal of the Gram matrix added to the diagonal.
     """
     weights = damped(np.asarray(gram, np.float64), damping)

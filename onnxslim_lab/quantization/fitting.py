@@ -98,7 +98,7 @@ def fit(
         rounds: Times that scales are fitted to codes and codes to scales.
         damping: Part of the mean diagonal of the Gram matrix added to the diagonal.
         dtype: Of the scales.
-        thorough: Start from other scales as well, for about 4 times the work.
+        thorough: Start from other scales as well and search more of them, for about 4 times the work.
 
     Raises:
         ValueError: The weights or the Gram matrix are not finite, or shapes do not fit.
@@ -131,7 +131,13 @@ def fit(
             before, grid, codes = here.error, here.grid, here.codes
             if search:
                 grid, codes = search_blocks(
-                    matrix, grid, codes, weights, symmetric=symmetric, wide=number == 0, damping=damping
+                    matrix,
+                    grid,
+                    codes,
+                    weights,
+                    symmetric=symmetric,
+                    wide=thorough and number == 0,
+                    damping=damping,
                 )
             grid = refit_scales(matrix, grid, codes, weights, damping=damping)
             here = _least(here, tried(grid, rounded(grid, codes)))
