@@ -86,7 +86,14 @@ class Quantize(Pass):
     float_sums: bool = Field(
         False,
         description="whether convolutions may give float results where rounding them spoils the outputs, by "
-        "ConvInteger, which onnxruntime's CPU provider runs more slowly than a float Conv",
+        "ConvInteger, which takes onnxruntime's CPU provider about as long as a float Conv",
+    )
+    terms: int = Field(
+        1,
+        ge=1,
+        le=2,
+        description="codes that an input of a layer may take where one spoils the outputs; 2: one more for what the "
+        "first leaves, and the products a second time, until float_until is reached",
     )
     target: str = Field(
         "auto", description="profile of the runtime and machine; auto: onnxruntime on this CPU"

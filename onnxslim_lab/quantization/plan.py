@@ -20,6 +20,7 @@ from onnxslim_lab.quantization.shielding import keep_float, keep_on_codes
 from onnxslim_lab.quantization.static_layers import Key, StaticLayer, added_bias, weight_axis
 from onnxslim_lab.quantization.static_types import widened, widens
 from onnxslim_lab.quantization.sums import summable, write_sums
+from onnxslim_lab.quantization.terms import why_not_terms, write_terms
 from onnxslim_lab.quantization.types import QuantType
 from onnxslim_lab.quantization.writer import GraphWriter, widen_for_bias
 from onnxslim_lab.statistics import Statistics, ValueStatistics
@@ -62,6 +63,21 @@ class Scheme:
         return self.profile.is_onnxruntime and self.activations.name == "uint8"
 
 
+@dataclass(frozen=True)
+class Split:
+    """A value that may be read as two terms.
+
+    Attributes:
+        value: Its name.
+        readers: The layers that read it.
+        sums: Names of the convolutions that give float sums then.
+    """
+
+    value: str
+    readers: tuple[StaticLayer, ...]
+    sums: frozenset[str]
+
+
 @dataclass
 class Plan:
     """Everything that writing a quantized model takes.
@@ -78,6 +94,7 @@ class Plan:
         method: The way for the others; None: the scheme's.
         shifts: What their rounding takes from the mean of each output, to be added to the bias.
         summed: Names of Conv layers that give the sums of products in float, unrounded, as ConvInteger does.
+        doubled: Names of layers that read their input as two terms (see terms); their results are not rounded.
     """
 
     model: Graph
@@ -91,8 +108,10 @@ class Plan:
     methods: dict[tuple[Place, str], Method] = field(default_factory=dict)
     method: Method | None = None
     summed: set[str] = field(default_factory=set)
+    doubled: set[str] = field(default_factory=set)
     _ranges: dict[tuple[Place, str, Method], Range] = field(default_factory=dict)
     _weights: dict[str, Codes] = field(default_factory=dict)
+    _roots: dict[Place, dict[str, str]] = field(default_factory=dict)
 
     @property
     def macs(self) -> int:
@@ -113,6 +132,7 @@ class Plan:
         """Return the layers that may give float sums when all but `without` run on codes."""
         if not self.scheme.by_codes:
             return []
+        without = self.doubled.union(without)
         found = []
         for part in self.model.walk():
             here = {
@@ -122,6 +142,32 @@ class Plan:
             }
             layers = [planned.layer for planned in here.values()]
             found += [here[id(one)] for one in summable(part, layers, self.scheme.profile.operators)]
+        return found
+
+    def splittable(self, without: Collection[str]) -> list[Split]:
+        """Return the values that layers may read as two terms when all but `without` run on codes.
+
+        With each value, the layers that read it and the convolutions that give float sums then, because nothing
+        takes their result in codes.
+        """
+        if not self.scheme.by_codes:
+            return []
+        readers: dict[tuple[int, str], list[StaticLayer]] = {}
+        for planned in self.layers:
+            if planned.name not in self.doubled.union(without):
+                key = id(planned.layer.graph), planned.layer.node.input[0]
+                readers.setdefault(key, []).append(planned)
+        before = {layer.name for layer in self.summable(without)}
+        found = []
+        for (_, value), layers in readers.items():
+            reasons = [
+                why_not_terms(one.layer, symmetric=self.scheme.symmetric_weights) or one.macs is None
+                for one in layers
+            ]
+            if not any(reasons):
+                names = {layer.name for layer in layers}
+                after = {layer.name for layer in self.summable(names.union(without))}
+                found.append(Split(value, tuple(layers), frozenset(after - before)))
         return found
 
     def use_ranges(self, method: Method) -> None:
@@ -151,16 +197,25 @@ class Plan:
         for part in graph.walk():
             found = self._here(part, chosen)
             if found:
-                places.append((found, self._place(part, found)))
+                places.append((found, self._place(part, self._single(found))))
         stored: dict[tuple[Any, ...], tuple[str, list[str]]] = {}
         for found, placed in places:
-            writer = GraphWriter(placed, self.grids(placed))
+            doubled = [(planned, layer) for planned, layer in found if planned.name in self.doubled]
+            alone = {layer.node.input[0] for _, layer in doubled} - set(placed.roots)
+            own = {value: self._input_grid(placed.graph, value) for value in alone}
+            writer = GraphWriter(placed, self.grids(placed) | own)
+            shapes = {planned.name: placed.graph.shape_of(layer.node.input[0]) for planned, layer in found}
             for planned, layer in found:
                 self._write_layer(writer, planned, layer, stored, outcome)
             outcome.changes += self._table_changes(placed)
             writer.write_activations()
-            summed = [(planned.name, layer) for planned, layer in found if planned.name in self.summed]
-            write_sums(placed.graph, summed, outcome)
+            sums = [(planned.name, layer.node) for planned, layer in found if planned.name in self.summed]
+            split: dict[str, tuple[str, str]] = {}
+            for planned, layer in doubled:
+                rest = write_terms(writer, layer, split)
+                if layer.op_type == "Conv":
+                    sums += [(planned.name, layer.node), (planned.name, rest)]
+            write_sums(placed.graph, sums, shapes, outcome)
         if self.scheme.profile.is_onnxruntime:
             for part in graph.walk():
                 keep_float(part)
@@ -178,8 +233,27 @@ class Plan:
         for part in self.model.walk():
             here = [(planned, planned.layer) for planned in chosen if planned.layer.graph is part]
             if here:
-                found.append(self._place(part, here))
+                found.append(self._place(part, self._single(here)))
         return found
+
+    def _single(self, found: Iterable[tuple[StaticLayer, Layer]]) -> list[tuple[StaticLayer, Layer]]:
+        """Return the layers that read one term, all that placement knows as layers."""
+        return [(planned, layer) for planned, layer in found if planned.name not in self.doubled]
+
+    def _input_grid(self, part: Graph, value: str) -> Grid:
+        """Return the grid of what a layer reads as if all layers of its graph read one term."""
+        where = place_of(part)
+        if where not in self._roots:
+            here = [planned.layer for planned in self.layers if place_of(planned.layer.graph) == where]
+            placed = place(
+                here[0].graph,
+                here,
+                self.scheme.profile.operators,
+                by_codes=self.scheme.by_codes,
+                tables=nodes_of(here[0].graph, self.tables),
+            )
+            self._roots[where] = placed.roots
+        return self._activation_grid(part, value, *self.range(part, self._roots[where][value]))
 
     def _place(self, part: Graph, found: Sequence[tuple[StaticLayer, Layer]]) -> Placement:
         return place(
@@ -340,7 +414,8 @@ class Plan:
         outcome.changes.append(
             Change(
                 planned.name,
-                f"runs on codes: weights {grid.kind}, activations {self.scheme.activations}",
+                f"runs on codes: weights {grid.kind}, activations {self.scheme.activations}"
+                + (" of two terms" if planned.name in self.doubled else ""),
                 weights=(layer.weight,),
                 bytes_before=before,
                 bytes_after=codes.size * grid.kind.bits // 8,
