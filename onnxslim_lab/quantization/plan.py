@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from onnx import NodeProto
 
 from onnxslim_lab.base import Change, Outcome
 from onnxslim_lab.errors import ParameterError, quote, suggest
@@ -22,12 +23,15 @@ from onnxslim_lab.quantization.static_types import widened, widens
 from onnxslim_lab.quantization.sums import summable, write_sums
 from onnxslim_lab.quantization.terms import why_not_terms, write_terms
 from onnxslim_lab.quantization.types import QuantType
+from onnxslim_lab.quantization.unrolling import Unroller
 from onnxslim_lab.quantization.writer import GraphWriter, widen_for_bias
+from onnxslim_lab.shapes import Dim
 from onnxslim_lab.statistics import Statistics, ValueStatistics
 from onnxslim_lab.statistics.collected import Place, node_place
 from onnxslim_lab.statistics.collected import place as place_of
 from onnxslim_lab.targets.model import Profile
 
+Shape = tuple[Dim, ...] | None
 Codes = tuple[np.ndarray[Any, Any], Grid]
 
 
@@ -200,27 +204,49 @@ class Plan:
                 places.append((found, self._place(part, self._single(found))))
         stored: dict[tuple[Any, ...], tuple[str, list[str]]] = {}
         for found, placed in places:
-            doubled = [(planned, layer) for planned, layer in found if planned.name in self.doubled]
-            alone = {layer.node.input[0] for _, layer in doubled} - set(placed.roots)
+            alone = {layer.node.input[0] for one, layer in found if one.name in self.doubled} - set(
+                placed.roots
+            )
             own = {value: self._input_grid(placed.graph, value) for value in alone}
             writer = GraphWriter(placed, self.grids(placed) | own)
-            shapes = {planned.name: placed.graph.shape_of(layer.node.input[0]) for planned, layer in found}
             for planned, layer in found:
                 self._write_layer(writer, planned, layer, stored, outcome)
             outcome.changes += self._table_changes(placed)
+            shapes = {planned.name: placed.graph.shape_of(layer.node.input[0]) for planned, layer in found}
             writer.write_activations()
-            sums = [(planned.name, layer.node) for planned, layer in found if planned.name in self.summed]
-            split: dict[str, tuple[str, str]] = {}
-            for planned, layer in doubled:
-                rest = write_terms(writer, layer, split)
-                if layer.op_type == "Conv":
-                    sums += [(planned.name, layer.node), (planned.name, rest)]
-            write_sums(placed.graph, sums, shapes, outcome)
+            self._write_sums(writer, found, shapes, outcome)
         if self.scheme.profile.is_onnxruntime:
             for part in graph.walk():
                 keep_float(part)
                 keep_on_codes(part)
         return outcome
+
+    def _write_sums(
+        self,
+        writer: GraphWriter,
+        found: Sequence[tuple[StaticLayer, Layer]],
+        shapes: Mapping[str, Shape],
+        outcome: Outcome,
+    ) -> None:
+        """Write the layers whose results stay float otherwise than by a Conv, and those that read two terms."""
+        unroller = Unroller(writer.graph)
+        sums: list[tuple[str, NodeProto]] = []
+        split: dict[str, tuple[str, str]] = {}
+        for planned, layer in found:
+            name, nodes = planned.name, [layer.node]
+            doubled = name in self.doubled
+            grid = writer.grid(layer.node.input[0]) if doubled else None
+            if layer.op_type == "Conv" and (doubled or name in self.summed):
+                product = unroller.write(layer.node, name, shapes[name])
+                nodes = [product or layer.node]
+            if grid:
+                nodes.append(write_terms(writer, nodes[0], grid, split))
+            sums += [
+                (name, node)
+                for node in nodes
+                if node.op_type == "Conv" and name in self.summed | self.doubled
+            ]
+        write_sums(writer.graph, sums, outcome)
 
     def placements(self, without: Iterable[str] = ()) -> list[Placement]:
         """Return where values are quantized, graph by graph, when all layers but some run on codes.

@@ -18,28 +18,18 @@ from onnxslim_lab.graph import Graph, attribute
 from onnxslim_lab.layers import Layer
 from onnxslim_lab.quantization.operator_layers import LayerWriter
 from onnxslim_lab.quantization.placement import fused_output, place
-from onnxslim_lab.quantization.unrolling import Unroller
-from onnxslim_lab.shapes import Dim
 from onnxslim_lab.targets.model import Operator
 
 
 def write_sums(
     graph: Graph,
     nodes: Iterable[tuple[str, NodeProto]],
-    shapes: Mapping[str, Sequence[Dim] | None],
     outcome: Outcome,
 ) -> None:
-    """Write Conv nodes between codes and float as MatMul or ConvInteger; those that cannot be are refused.
-
-    Args:
-        graph: Their graph.
-        nodes: With the names of their layers.
-        shapes: Of the layers' inputs, by name.
-        outcome: Receives the refusals.
-    """
-    writer, unroller = LayerWriter(graph, Counter(), microsoft=False), Unroller(graph)
+    """Write Conv nodes of named layers between codes and float as ConvInteger; those it cannot take are refused."""
+    writer = LayerWriter(graph, Counter(), microsoft=False)
     for name, node in nodes:
-        reason = "" if unroller.write(node, name, shapes[name]) else writer.layer(node)
+        reason = writer.layer(node)
         if reason:
             outcome.refuse(name, f"no float sums: {reason}")
 

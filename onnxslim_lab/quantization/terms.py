@@ -7,7 +7,7 @@ The second term has 254 steps in one of the first, so the input has nearly 16 bi
 multiplied by 8 bits twice. This is the residual expansion of Yvinec et al., REx: Data-Free Residual Quantization
 Error Expansion, 2023, section 3.1, of activations instead of weights. It is for inputs that 8 bits cannot hold: raw
 sound, whose quiet passages take up few codes. The results stay float, which 8 bits would round away again: MatMul
-and Gemm on codes give them anyway, Conv is written as ConvInteger (see sums).
+and Gemm on codes give them anyway, Conv is written as MatMul or ConvInteger (see sums).
 """
 
 from __future__ import annotations
@@ -55,40 +55,35 @@ def rest_of(grid: Grid) -> Grid:
     return replace(grid, scale=np.asarray(scale), zero_point=np.asarray(middle(kind), kind.dtype))
 
 
-def write_terms(writer: GraphWriter, layer: Layer, split: dict[str, tuple[str, str]]) -> NodeProto:
-    """Let a layer whose weight is in codes read two terms of its input; the second product is a node of its own.
+def write_terms(
+    writer: GraphWriter, node: NodeProto, grid: Grid, split: dict[str, tuple[str, str]]
+) -> NodeProto:
+    """Let a node whose weight is in codes read two terms of its input; the second product is a node of its own.
 
     Args:
-        writer: Of the layer's graph; has the grid of the first term.
-        layer: The layer; its bias stays with the first term.
-        split: The two terms of values that other layers read so, added to.
+        writer: Of the node's graph.
+        node: The node; its bias stays with the first term.
+        grid: Of the first term.
+        split: The two terms of values that other nodes read so, added to.
 
     Returns:
         The node that multiplies the second term.
     """
-    graph, node = writer.graph, layer.node
+    graph = writer.graph
     value, output = node.input[0], node.output[0]
     if value not in split:
-        split[value] = _split(writer, value, writer.grid(value))
-    first, second = split[value]
+        first = _rounded(writer, value, grid)
+        left = graph.emit("Sub", [value, first], name="r").output[0]
+        split[value] = first, _rounded(writer, left, rest_of(grid))
     decode = graph.producer(node.input[1])
     assert decode is not None
     weight = _twin(graph, decode, list(decode.input))  # its own: onnxruntime fuses it with one product
-    rest = _twin(graph, node, [second, weight])
-    parts = graph.fresh_name(f"{output}_first")
-    graph.set_input(node, 0, first)
-    graph.set_outputs(node, [parts])
-    graph.emit("Add", [parts, rest], [output], name="a")
-    made = graph.producer(rest)
-    assert made is not None
-    return made
-
-
-def _split(writer: GraphWriter, value: str, grid: Grid) -> tuple[str, str]:
-    graph = writer.graph
-    first = _rounded(writer, value, grid)
-    left = graph.emit("Sub", [value, first], name="r").output[0]
-    return first, _rounded(writer, left, rest_of(grid))
+    rest = _twin(graph, node, [split[value][1], weight.output[0]])
+    part = graph.fresh_name(f"{output}_first")
+    graph.set_input(node, 0, split[value][0])
+    graph.set_outputs(node, [part])
+    graph.emit("Add", [part, rest.output[0]], [output], name="a")
+    return rest
 
 
 def _rounded(writer: GraphWriter, value: str, grid: Grid) -> str:
@@ -98,12 +93,11 @@ def _rounded(writer: GraphWriter, value: str, grid: Grid) -> str:
     return writer.graph.emit("DequantizeLinear", [codes, *names], name="dq").output[0]
 
 
-def _twin(graph: Graph, node: NodeProto, inputs: list[str]) -> str:
-    """Add a copy of a node with other inputs; return the name of its result."""
+def _twin(graph: Graph, node: NodeProto, inputs: list[str]) -> NodeProto:
+    """Add a copy of a node with other inputs; return it."""
     twin = NodeProto()
     twin.CopyFrom(node)
     twin.input[:] = inputs
     twin.name = graph.fresh_name(node.name or node.op_type)
     twin.output[:] = [graph.fresh_name(f"{node.output[0]}_rest")]
-    graph.adopt(twin)
-    return str(twin.output[0])
+    return graph.adopt(twin)

@@ -1,7 +1,7 @@
 """Convolutions along one axis as products of matrices: every window becomes a row.
 
     before  DequantizeLinear -> Conv (weight W in codes) -> float
-    after   Transpose (-> Pad) -> Gather -> Reshape on codes -> DequantizeLinear -> MatMul -> Transpose
+    after   Transpose (-> Pad) -> Gather -> Reshape of the codes -> DequantizeLinear -> MatMul -> Transpose
 
 The windows are looked up in the codes, channels last, so that onnxruntime multiplies them by all of W at once and
 gives float results (MatMulIntegerToFloat), for all of a batch, where ConvInteger takes one image after the other
@@ -21,7 +21,7 @@ from onnx import NodeProto, TensorProto
 from onnxslim_lab.floats import Array
 from onnxslim_lab.graph import Graph, attribute
 from onnxslim_lab.layer_views.storage import set_by_caller
-from onnxslim_lab.quantization.operands import bias_values, misfit, read, zero_of
+from onnxslim_lab.quantization.operands import bias_values, read, zero_of
 from onnxslim_lab.rewriting.removal import release
 from onnxslim_lab.shapes import Dim
 
@@ -84,54 +84,61 @@ class Unroller:
     _stored: dict[str, tuple[str, str]] = field(default_factory=dict)
     _places: dict[str, str] = field(default_factory=dict)
 
-    def write(self, node: NodeProto, key: str, shape: Sequence[Dim] | None) -> bool:
-        """Replace a Conv between codes and float; returns whether it could be.
+    def write(self, node: NodeProto, key: str, shape: Sequence[Dim] | None) -> NodeProto | None:
+        """Replace a Conv whose weight is in codes; returns the MatMul, None when it cannot be one.
 
         Args:
-            node: The Conv; DequantizeLinear makes both of its inputs.
+            node: The Conv. The windows are looked up in codes where its input comes as codes.
             key: Equal for nodes that have the same weight, and inputs of the same shape.
             shape: What is known of its input's shape.
         """
         graph = self.graph
         x, w = read(graph, node.input[0]), read(graph, node.input[1])
-        codes = graph.constant(w.codes) if w else None
-        if x is None or w is None or codes is None or misfit(graph, x, w) or zero_of(graph, w).any():
-            return False
+        codes, scale = (graph.constant(name) for name in (w.codes, w.scale)) if w else (None, None)
+        if (
+            w is None
+            or codes is None
+            or scale is None
+            or w.kind != TensorProto.INT8
+            or zero_of(graph, w).any()
+        ):
+            return None
         windows = windows_of(node, codes.shape)
-        scale = graph.constant(w.scale)
         bias = node.input[2] if len(node.input) > 2 else ""
         added = bias_values(graph, bias) if bias else None
-        if windows is None or scale is None or w.kind != TensorProto.INT8 or (bias and added is None):
-            return False
+        if windows is None or scale.dtype != np.float32 or (bias and added is None):
+            return None
         if key not in self._stored:
             columns = np.ascontiguousarray(codes.transpose(2, 1, 0).reshape(-1, len(codes)))
             self._stored[key] = self._store(columns), self._store(np.broadcast_to(scale, codes.shape[:1]))
-        zero = [x.zero] if x.zero else []
-        value = self._rows(node, x.codes, zero, windows, codes.shape[1], key, shape)
-        value = graph.emit("DequantizeLinear", [value, x.scale, *zero], name="dq").output[0]
+        zero = [x.zero] if x and x.zero else []
+        value = self._rows(x.codes if x else node.input[0], zero, windows, codes.shape[1], key, shape)
+        if x:
+            value = graph.emit("DequantizeLinear", [value, x.scale, *zero], name="dq").output[0]
         matrix = graph.emit("DequantizeLinear", [*self._stored[key]], name="dq", axis=1).output[0]
-        value = graph.emit("MatMul", [value, matrix], name=node.name).output[0]
-        if added is not None:
-            value = graph.emit("Add", [value, self._store(added.reshape(-1))], name="a").output[0]
         output, gone = node.output[0], list(node.input)
         graph.remove(node)
-        graph.emit("Transpose", [value], [output], name="t", perm=_LAST)
+        product = graph.emit("MatMul", [value, matrix], name=node.name)
+        if added is None:
+            graph.emit("Transpose", list(product.output), [output], name="t", perm=_LAST)
+        else:  # onnxruntime would make a Gemm of a MatMul and an Add behind it, and decode the weight for it
+            value = graph.emit("Transpose", list(product.output), name="t", perm=_LAST).output[0]
+            graph.emit("Add", [value, self._store(added.reshape(-1, 1))], [output], name="a")
         release(graph, gone)
-        return True
+        return product
 
     def _rows(
         self,
-        node: NodeProto,
-        codes: str,
+        source: str,
         zero: list[str],
         windows: Windows,
         channels: int,
         key: str,
         shape: Sequence[Dim] | None,
     ) -> str:
-        """Emit the windows of codes (images, channels, places) as (images, windows, taps and channels)."""
+        """Emit the windows of (images, channels, places) as (images, windows, taps and channels)."""
         graph = self.graph
-        value = graph.emit("Transpose", [codes], name="t", perm=_LAST).output[0]
+        value = graph.emit("Transpose", [source], name="t", perm=_LAST).output[0]
         if windows.before or windows.after:
             pads = self._store(np.array([0, windows.before, 0, 0, windows.after, 0], np.int64))
             value = graph.emit("Pad", [value, pads, *zero], name="p").output[0]
@@ -148,16 +155,16 @@ class Unroller:
             self._places[key] = (
                 self._store(np.array(windows.starts(length))[:, None] // chunk + taps)
                 if length
-                else self._places_of(codes, windows, taps)
+                else self._places_of(source, windows, taps)
             )
         value = graph.emit("Gather", [value, self._places[key]], name="g", axis=1).output[0]
         rows = self._store(np.array([0, 0, windows.size * channels], np.int64))
         return graph.emit("Reshape", [value, rows], name="w").output[0]
 
-    def _places_of(self, codes: str, windows: Windows, taps: Array) -> str:
+    def _places_of(self, source: str, windows: Windows, taps: Array) -> str:
         """Emit the places of each window's taps, by the number of places at inference; return their name."""
         graph = self.graph
-        shape = graph.emit("Shape", [codes], name="l").output[0]
+        shape = graph.emit("Shape", [source], name="l").output[0]
         length = graph.emit("Gather", [shape, self._store(np.asarray(2))], name="l").output[0]
         short = (windows.size - 1) * windows.step - windows.before - windows.after
         end = graph.emit("Sub", [length, self._store(np.asarray(short))], name="l").output[0]
