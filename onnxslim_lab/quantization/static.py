@@ -15,6 +15,7 @@ from onnxslim_lab.quantization import weight_jobs
 from onnxslim_lab.quantization.float_layers import choose_float, float_sums
 from onnxslim_lab.quantization.float_weights import (
     Stored,
+    store_by_outputs,
     store_float_layers,
     store_weights,
     stored,
@@ -69,7 +70,7 @@ def apply_static(model: Graph, step: Quantize, context: Context) -> Outcome:
     outcome.merge(plan.write(model, without=left))
     if written != "qdq":
         outcome.merge(write_operators(model, microsoft=written == "microsoft"))
-    _weights_alone(model, others, step, scheme, context, outcome)
+    _weights_alone(model, others, judge, step, scheme, context, outcome)
     if judge is not None and left:
         weights = _weights_of(plan, left)
         outcome.merge(store_float_layers(model, weights, judge, step, scheme, context, expected))
@@ -215,6 +216,7 @@ def _sum_in_float(judge: Judge, without: Sequence[str], context: Context, outcom
 def _weights_alone(
     model: Graph,
     others: list[tuple[Layer, str]],
+    judge: Judge | None,
     step: Quantize,
     scheme: Scheme,
     context: Context,
@@ -227,7 +229,11 @@ def _weights_alone(
     others = [(layer, why) for layer, why in others if layer.weight_graph.is_constant(layer.weight)]
     if not others:
         return
-    store_weights(model, stored(layer for layer, _ in others), step, scheme, context, outcome)
+    weights = stored(layer for layer, _ in others)
+    if judge is not None and (step.float_macs or step.terms > 1):
+        store_by_outputs(model, weights, judge, step, scheme, context, outcome)
+    else:
+        store_weights(model, weights, step, scheme, context, outcome)
     for layer, reason in others:
         outcome.refuse(layer.name, f"its activations stay float: {reason}")
 
