@@ -32,7 +32,9 @@ SILERO = frozenset(
     f"silero_vad{end}" for end in ("", "_16k_op15", "_16k_sequence", "_half", "_openvino_16k", "_op18_ifless")
 )
 MORE = {"efficientnet_lite0": 40, "ppocrv2_cls": 50} | dict.fromkeys(SILERO, 40)
-TERMS = SILERO  # raw sound, whose quiet windows take up few of 256 codes: a third of the error of their outputs
+TERMS = (
+    SILERO  # raw sound, whose quiet windows take up few of 256 codes: a third of the error of their outputs
+)
 MEMORY = 4 << 30  # light_vgg19 decodes to half a gigabyte
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -82,7 +82,9 @@ def write_terms(
     part = graph.fresh_name(f"{output}_first")
     graph.set_input(node, 0, split[value][0])
     graph.set_outputs(node, [part])
-    graph.emit("Add", [part, rest.output[0]], [output], name="a")
+    # onnxruntime would make one Gemm, in float, of a MatMul and an Add, and of a Gemm and a Sum
+    adds = "Add" if node.op_type == "Gemm" else "Sum"
+    graph.emit(adds, [part, rest.output[0]], [output], name="a")
     return rest
 
 
