@@ -267,7 +267,10 @@ class Plan:
         return [(planned, layer) for planned, layer in found if planned.name not in self.doubled]
 
     def _input_grid(self, part: Graph, value: str) -> Grid:
-        """Return the grid of what a layer reads as if all layers of its graph read one term."""
+        """Return the grid of the first term of what a layer reads: twice as wide as all that was seen.
+
+        With nearly 16 bits, no range need clip, and one of them is worth it that louder sound than seen is read too.
+        """
         where = place_of(part)
         if where not in self._roots:
             here = [planned.layer for planned in self.layers if place_of(planned.layer.graph) == where]
@@ -279,7 +282,12 @@ class Plan:
                 tables=nodes_of(here[0].graph, self.tables),
             )
             self._roots[where] = placed.roots
-        return self._activation_grid(part, value, *self.range(part, self._roots[where][value]))
+        scheme, root = self.scheme, self._roots[where][value]
+        statistics = self.statistics_of(part, root)
+        low, high = choose_range(
+            statistics, scheme.activations, "minmax", symmetric=scheme.symmetric_activations
+        )
+        return self._activation_grid(part, value, 2 * low, 2 * high)
 
     def _place(self, part: Graph, found: Sequence[tuple[StaticLayer, Layer]]) -> Placement:
         return place(
