@@ -38,6 +38,11 @@ class Quantize(Pass):
     (QLinearConv, QLinearMatMul, MatMulInteger, ConvInteger), "microsoft" com.microsoft's as well (QGemm,
     MatMulIntegerToFloat, QLinearAdd, ...); the others keep QuantizeLinear and DequantizeLinear.
 
+    `terms=2` reads an input that 8 bits cannot hold as two terms of 8 bits, and multiplies both:
+
+    before: x -> Conv(., W)
+    after:  d = DequantizeLinear(QuantizeLinear(x)); Conv(d, W) + Conv(DequantizeLinear(QuantizeLinear(x - d)), W)
+
     refuses: weights that are quantized already, not constant, or excluded; layers that the target cannot
     run on codes; layers that calibration data never reaches; with a format of operators on codes, layers
     that have none: types of more than 8 bits, float16, weights with zero points that differ by channel.

@@ -88,7 +88,7 @@ class LayerWriter(OperatorWriter):
         """Return a weight's codes and its zero point as uint8, moved up by 128 where they are stored in int8.
 
         The sums are the same. onnxruntime multiplies int8 by uint8 in ConvInteger without the processor's
-        instructions for it, and takes 1.4 to 11 times as long (1.31 on x86 with VNNI).
+        instructions for it, and takes 4 to 11 times as long on images (1.31 on x86 with VNNI).
         """
         stored = self.graph.constant(w.codes)
         if w.kind != TensorProto.INT8 or stored is None:
