@@ -21,11 +21,11 @@ LAYERS = {  # body, sizes, input, shape fed, output, operators that multiply
         {"MatMulIntegerToFloat": 2},
     ),
     "of known length": (
-        "y = Conv<pads = [1, 1], dilations = [2]>(x, w, b)",
-        {"w": (6, 4, 3), "b": (6,)},
-        "float[1,4,9] x",
-        (1, 4, 9),
-        "float[1,6,7] y",
+        "y = Conv<pads = [1, 1], strides = [2], dilations = [2]>(x, w, b)",
+        {"w": (6, 4, 2), "b": (6,)},
+        "float[1,4,8] x",
+        (1, 4, 8),
+        "float[1,6,4] y",
         {"MatMulIntegerToFloat": 2},
     ),
     "of whole strides": (
@@ -134,6 +134,13 @@ def test_windows_follow_the_length_at_inference():
     for length in (1, 2, 30):
         feeds = feeds_of((1, 4, length), seed=5)
         assert sqnr(graph, result, feeds) > 35, length
+
+
+@pytest.mark.parametrize(("louder", "near"), [(1.9, True), (4.0, False)])
+def test_inputs_twice_as_large_as_seen_are_not_clipped(louder, near):
+    graph, result, *_, feeds = doubled("along one axis")
+    feeds = [{"x": louder * feed["x"]} for feed in feeds]
+    assert (sqnr(graph, result, feeds) > 35) == near
 
 
 def test_a_convolution_that_only_two_terms_are_read_of_is_not_rounded():
