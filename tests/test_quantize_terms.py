@@ -218,7 +218,7 @@ def test_two_terms_are_refused_where_they_are_not_written():
 
 
 @pytest.mark.parametrize("helps", [True, False])
-def test_weights_of_float_layers_have_scales_of_blocks_where_the_outputs_gain(helps):
+def test_recurrent_weights_have_scales_of_blocks_where_the_outputs_gain(helps):
     graph = model_of(
         "y, h = LSTM<hidden_size = 8>(x, w, r) z = MatMul(y, v)",
         {"w": (1, 32, 64), "r": (1, 32, 8), "v": (8, 4)},

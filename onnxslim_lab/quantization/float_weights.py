@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from onnxslim_lab.base import Context, Outcome
 from onnxslim_lab.graph import Graph
+from onnxslim_lab.layer_views.kinds import RecurrentKind
 from onnxslim_lab.layers import Layer
 from onnxslim_lab.quantization import weight_jobs, weight_only, weight_rounding
 from onnxslim_lab.quantization.numerics import dequantize
@@ -87,7 +88,8 @@ def store_by_outputs(
 ) -> None:
     """Store weights in codes with a scale for each channel, or each block where that helps the outputs.
 
-    Only the largest are tried, one at a time: scales of blocks make the file larger.
+    Only the largest of recurrent layers are tried, one at a time: scales of blocks make the file larger, and what
+    these layers get wrong they read again at every step.
 
     Args:
         model: The quantized model but for these weights, edited.
@@ -106,10 +108,12 @@ def store_by_outputs(
             store(trial, part, outcome=Outcome(), block=block)
         return judge.loss_of(trial)
 
+    layers = [layer for target in _targets(model, weights) for layer in target.layers]
+    recurrent = stored(layer for layer in layers if isinstance(layer.kind, RecurrentKind))
     fine: set[Stored] = set()
-    least = loss(fine)
-    if least > judge.loss_of(model) * _NOTICEABLE:
-        for one in _smallest(model, weights, math.inf)[: -_MOST - 1 : -1]:
+    least = loss(fine) if recurrent else 0.0
+    if recurrent and least > judge.loss_of(model) * _NOTICEABLE:
+        for one in _smallest(model, recurrent, math.inf)[: -_MOST - 1 : -1]:
             found = loss(fine | {one})
             if found * _NOTICEABLE < least:
                 fine, least = fine | {one}, found
