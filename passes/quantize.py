@@ -38,6 +38,11 @@ class Quantize(Pass):
     (QLinearConv, QLinearMatMul, MatMulInteger, ConvInteger), "microsoft" com.microsoft's as well (QGemm,
     MatMulIntegerToFloat, QLinearAdd, ...); the others keep QuantizeLinear and DequantizeLinear.
 
+    `terms=2` reads an input that 8 bits cannot hold as two terms of 8 bits, and multiplies both:
+
+    before: x -> Conv(., W)
+    after:  d = DequantizeLinear(QuantizeLinear(x)); Conv(d, W) + Conv(DequantizeLinear(QuantizeLinear(x - d)), W)
+
     refuses: weights that are quantized already, not constant, or excluded; layers that the target cannot
     run on codes; layers that calibration data never reaches; with a format of operators on codes, layers
     that have none: types of more than 8 bits, float16, weights with zero points that differ by channel.
@@ -86,7 +91,14 @@ class Quantize(Pass):
     float_sums: bool = Field(
         False,
         description="whether convolutions may give float results where rounding them spoils the outputs, by "
-        "ConvInteger, which onnxruntime's CPU provider runs more slowly than a float Conv",
+        "ConvInteger, which takes onnxruntime's CPU provider about as long as a float Conv",
+    )
+    terms: int = Field(
+        1,
+        ge=1,
+        le=2,
+        description="codes that an input of a layer may take where one spoils the outputs; 2: one more for what the "
+        "first leaves, and the products a second time, until float_until is reached",
     )
     target: str = Field(
         "auto", description="profile of the runtime and machine; auto: onnxruntime on this CPU"

@@ -50,6 +50,7 @@ def test_float_sums_are_the_products_of_the_codes():
     plan.write(result)
     (product,) = [node for node in result.nodes if node.op_type == "ConvInteger"]
     codes, zero = (result.constant(product.input[index]) for index in (1, 3))
+    assert codes.dtype == zero.dtype == np.uint8, "onnxruntime is slow with int8"
     scale, shift = (result.constant(name) for name in result.producer(product.input[0]).input[1:3])
     (cast,) = result.consumers(product.output[0])
     (scaled,) = result.consumers(cast.output[0])

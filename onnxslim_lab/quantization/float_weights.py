@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from onnxslim_lab.base import Context, Outcome
 from onnxslim_lab.graph import Graph
+from onnxslim_lab.layer_views.kinds import RecurrentKind
 from onnxslim_lab.layers import Layer
 from onnxslim_lab.quantization import weight_jobs, weight_only, weight_rounding
 from onnxslim_lab.quantization.numerics import dequantize
@@ -26,6 +28,7 @@ _SPARE = 0.01  # of all parameters: those that take 16 bits unasked
 _FAINT = 1e-4  # a loss that is not noticed in any case: 40 dB
 _WIDER = "int16"
 _BLOCK = 32
+_MOST = 12  # weights for which more scales are tried
 
 Stored = tuple[Place, str]
 """Where a weight is stored, equal in copies of the model."""
@@ -81,6 +84,50 @@ def loss_without(judge: Judge, names: Collection[str], *, coded: bool) -> float:
     if coded:
         round_in_float(graph, names, judge.plan)
     return judge.loss_of(graph)
+
+
+def store_by_outputs(
+    model: Graph,
+    weights: set[Stored],
+    judge: Judge,
+    step: Quantize,
+    scheme: Scheme,
+    context: Context,
+    outcome: Outcome,
+) -> None:
+    """Store weights in codes with a scale for each channel, or each block where that helps the outputs.
+
+    Only the largest of recurrent layers are tried, one at a time: scales of blocks make the file larger, and what
+    these layers get wrong they read again at every step.
+
+    Args:
+        model: The quantized model but for these weights, edited.
+        weights: Which; what reads them computes in float.
+        judge: Measures the outputs.
+        step: The quantize pass.
+        scheme: The types.
+        context: Of the pass.
+        outcome: Receives a change or a refusal for each weight.
+    """
+    store = partial(store_weights, step=step, scheme=scheme, context=context)
+
+    def loss(blocks: set[Stored]) -> float:
+        trial = model.copy()
+        for part, block in ((weights - blocks, 0), (blocks, _BLOCK)):
+            store(trial, part, outcome=Outcome(), block=block)
+        return judge.loss_of(trial)
+
+    layers = [layer for target in _targets(model, weights) for layer in target.layers]
+    recurrent = stored(layer for layer in layers if isinstance(layer.kind, RecurrentKind))
+    fine: set[Stored] = set()
+    least = loss(fine) if recurrent else 0.0
+    if recurrent and least > judge.loss_of(model) * _NOTICEABLE:
+        for one in _smallest(model, recurrent, math.inf)[: -_MOST - 1 : -1]:
+            found = loss(fine | {one})
+            if found * _NOTICEABLE < least:
+                fine, least = fine | {one}, found
+    store(model, weights - fine, outcome=outcome)
+    store(model, fine, outcome=outcome, block=_BLOCK)
 
 
 def round_in_float(model: Graph, names: Collection[str], plan: Plan) -> None:

@@ -77,12 +77,24 @@ class LayerWriter(OperatorWriter):
         if shape is None:
             return "its weight is computed"
         ones = (1,) * (len(shape) - 2)
-        zero = self.store(zeros.reshape(-1)[0].astype(np.int8 if w.kind == TensorProto.INT8 else np.uint8))
         factor = self.store(scale.reshape(-1, *ones) if scale.size > 1 else scale.reshape(()))
-        inputs = [x.codes, w.codes, self.zero(x), zero]
+        codes, zero = self._unsigned(w, zeros.reshape(-1)[0])
+        inputs = [x.codes, codes, self.zero(x), zero]
         added = "" if values is None else self.store(values.reshape(-1, *ones))
         self.floating(node, "ConvInteger", inputs, factor, added, node.attribute)
         return ""
+
+    def _unsigned(self, w: Operand, zero: Array) -> tuple[str, str]:
+        """Return a weight's codes and its zero point as uint8, moved up by 128 where they are stored in int8.
+
+        The sums are the same. onnxruntime multiplies int8 by uint8 in ConvInteger without the processor's
+        instructions for it, and takes 4 to 11 times as long on images (1.31 on x86 with VNNI).
+        """
+        stored = self.graph.constant(w.codes)
+        if w.kind != TensorProto.INT8 or stored is None:
+            return w.codes, self.store(zero.astype(np.int8 if w.kind == TensorProto.INT8 else np.uint8))
+        moved = (stored.astype(np.int16) + 128).astype(np.uint8)
+        return self.store(moved), self.store(np.asarray(zero + 128).astype(np.uint8))
 
     def _product(self, node: NodeProto, x: Operand, w: Operand, result: Result | None) -> str:
         graph, gemm = self.graph, node.op_type == "Gemm"

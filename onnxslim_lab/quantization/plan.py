@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from onnx import NodeProto
 
 from onnxslim_lab.base import Change, Outcome
 from onnxslim_lab.errors import ParameterError, quote, suggest
@@ -20,13 +21,17 @@ from onnxslim_lab.quantization.shielding import keep_float, keep_on_codes
 from onnxslim_lab.quantization.static_layers import Key, StaticLayer, added_bias, weight_axis
 from onnxslim_lab.quantization.static_types import widened, widens
 from onnxslim_lab.quantization.sums import summable, write_sums
+from onnxslim_lab.quantization.terms import why_not_terms, write_terms
 from onnxslim_lab.quantization.types import QuantType
+from onnxslim_lab.quantization.unrolling import Unroller
 from onnxslim_lab.quantization.writer import GraphWriter, widen_for_bias
+from onnxslim_lab.shapes import Dim
 from onnxslim_lab.statistics import Statistics, ValueStatistics
 from onnxslim_lab.statistics.collected import Place, node_place
 from onnxslim_lab.statistics.collected import place as place_of
 from onnxslim_lab.targets.model import Profile
 
+Shape = tuple[Dim, ...] | None
 Codes = tuple[np.ndarray[Any, Any], Grid]
 
 
@@ -62,6 +67,21 @@ class Scheme:
         return self.profile.is_onnxruntime and self.activations.name == "uint8"
 
 
+@dataclass(frozen=True)
+class Split:
+    """A value that may be read as two terms.
+
+    Attributes:
+        value: Its name.
+        readers: The layers that read it.
+        sums: Names of the convolutions that give float sums then.
+    """
+
+    value: str
+    readers: tuple[StaticLayer, ...]
+    sums: frozenset[str]
+
+
 @dataclass
 class Plan:
     """Everything that writing a quantized model takes.
@@ -79,6 +99,7 @@ class Plan:
         shifts: What their rounding takes from the mean of each output, to be added to the bias.
         summed: Names of Conv layers that give the sums of products in float, unrounded, as ConvInteger does.
         residuals: Adds between layers on codes that are computed in float.
+        doubled: Names of layers that read their input as two terms (see terms); their results are not rounded.
     """
 
     model: Graph
@@ -93,8 +114,10 @@ class Plan:
     method: Method | None = None
     summed: set[str] = field(default_factory=set)
     residuals: set[Key] = field(default_factory=set)
+    doubled: set[str] = field(default_factory=set)
     _ranges: dict[tuple[Place, str, Method], Range] = field(default_factory=dict)
     _weights: dict[str, Codes] = field(default_factory=dict)
+    _roots: dict[Place, dict[str, str]] = field(default_factory=dict)
 
     @property
     def macs(self) -> int:
@@ -115,6 +138,7 @@ class Plan:
         """Return the layers that may give float sums when all but `without` run on codes."""
         if not self.scheme.by_codes:
             return []
+        without = self.doubled.union(without)
         found = []
         for part in self.model.walk():
             here = {
@@ -124,6 +148,32 @@ class Plan:
             }
             layers = [planned.layer for planned in here.values()]
             found += [here[id(one)] for one in summable(part, layers, self.scheme.profile.operators)]
+        return found
+
+    def splittable(self, without: Collection[str]) -> list[Split]:
+        """Return the values that layers may read as two terms when all but `without` run on codes.
+
+        With each value, the layers that read it and the convolutions that give float sums then, because nothing
+        takes their result in codes.
+        """
+        if not self.scheme.by_codes:
+            return []
+        readers: dict[tuple[int, str], list[StaticLayer]] = {}
+        for planned in self.layers:
+            if planned.name not in self.doubled.union(without):
+                key = id(planned.layer.graph), planned.layer.node.input[0]
+                readers.setdefault(key, []).append(planned)
+        before = {layer.name for layer in self.summable(without)}
+        found = []
+        for (_, value), layers in readers.items():
+            reasons = [
+                why_not_terms(one.layer, symmetric=self.scheme.symmetric_weights) or one.macs is None
+                for one in layers
+            ]
+            if not any(reasons):
+                names = {layer.name for layer in layers}
+                after = {layer.name for layer in self.summable(names.union(without))}
+                found.append(Split(value, tuple(layers), frozenset(after - before)))
         return found
 
     def use_ranges(self, method: Method) -> None:
@@ -153,21 +203,52 @@ class Plan:
         for part in graph.walk():
             found = self._here(part, chosen)
             if found:
-                places.append((found, self._place(part, found)))
+                places.append((found, self._place(part, self._single(found))))
         stored: dict[tuple[Any, ...], tuple[str, list[str]]] = {}
         for found, placed in places:
-            writer = GraphWriter(placed, self.grids(placed))
+            alone = {layer.node.input[0] for one, layer in found if one.name in self.doubled} - set(
+                placed.roots
+            )
+            own = {value: self._input_grid(placed.graph, value) for value in alone}
+            writer = GraphWriter(placed, self.grids(placed) | own)
             for planned, layer in found:
                 self._write_layer(writer, planned, layer, stored, outcome)
             outcome.changes += self._table_changes(placed)
+            shapes = {planned.name: placed.graph.shape_of(layer.node.input[0]) for planned, layer in found}
             writer.write_activations()
-            summed = [(planned.name, layer) for planned, layer in found if planned.name in self.summed]
-            write_sums(placed.graph, summed, outcome)
+            self._write_sums(writer, found, shapes, outcome)
         if self.scheme.profile.is_onnxruntime:
             for part in graph.walk():
                 keep_float(part)
                 keep_on_codes(part)
         return outcome
+
+    def _write_sums(
+        self,
+        writer: GraphWriter,
+        found: Sequence[tuple[StaticLayer, Layer]],
+        shapes: Mapping[str, Shape],
+        outcome: Outcome,
+    ) -> None:
+        """Write the layers whose results stay float otherwise than by a Conv, and those that read two terms."""
+        unroller = Unroller(writer.graph)
+        sums: list[tuple[str, NodeProto]] = []
+        split: dict[str, tuple[str, str]] = {}
+        for planned, layer in found:
+            name, nodes = planned.name, [layer.node]
+            doubled = name in self.doubled
+            grid = writer.grid(layer.node.input[0]) if doubled else None
+            if layer.op_type == "Conv" and (doubled or name in self.summed):
+                product = unroller.write(layer.node, name, shapes[name])
+                nodes = [product or layer.node]
+            if grid:
+                nodes.append(write_terms(writer, nodes[0], grid, split))
+            sums += [
+                (name, node)
+                for node in nodes
+                if node.op_type == "Conv" and name in self.summed | self.doubled
+            ]
+        write_sums(writer.graph, sums, outcome)
 
     def placements(self, without: Iterable[str] = ()) -> list[Placement]:
         """Return where values are quantized, graph by graph, when all layers but some run on codes.
@@ -180,8 +261,35 @@ class Plan:
         for part in self.model.walk():
             here = [(planned, planned.layer) for planned in chosen if planned.layer.graph is part]
             if here:
-                found.append(self._place(part, here))
+                found.append(self._place(part, self._single(here)))
         return found
+
+    def _single(self, found: Iterable[tuple[StaticLayer, Layer]]) -> list[tuple[StaticLayer, Layer]]:
+        """Return the layers that read one term, all that placement knows as layers."""
+        return [(planned, layer) for planned, layer in found if planned.name not in self.doubled]
+
+    def _input_grid(self, part: Graph, value: str) -> Grid:
+        """Return the grid of the first term of what a layer reads: twice as wide as all that was seen.
+
+        With nearly 16 bits, no range need clip, and one of them is worth it that louder sound than seen is read too.
+        """
+        where = place_of(part)
+        if where not in self._roots:
+            here = [planned.layer for planned in self.layers if place_of(planned.layer.graph) == where]
+            placed = place(
+                here[0].graph,
+                here,
+                self.scheme.profile.operators,
+                by_codes=self.scheme.by_codes,
+                tables=nodes_of(here[0].graph, self.tables),
+            )
+            self._roots[where] = placed.roots
+        scheme, root = self.scheme, self._roots[where][value]
+        statistics = self.statistics_of(part, root)
+        low, high = choose_range(
+            statistics, scheme.activations, "minmax", symmetric=scheme.symmetric_activations
+        )
+        return self._activation_grid(part, value, 2 * low, 2 * high)
 
     def _place(self, part: Graph, found: Sequence[tuple[StaticLayer, Layer]]) -> Placement:
         return place(
@@ -345,7 +453,8 @@ class Plan:
         outcome.changes.append(
             Change(
                 planned.name,
-                f"runs on codes: weights {grid.kind}, activations {self.scheme.activations}",
+                f"runs on codes: weights {grid.kind}, activations {self.scheme.activations}"
+                + (" of two terms" if planned.name in self.doubled else ""),
                 weights=(layer.weight,),
                 bytes_before=before,
                 bytes_after=codes.size * grid.kind.bits // 8,

@@ -15,6 +15,7 @@ from onnxslim_lab.quantization import weight_jobs
 from onnxslim_lab.quantization.float_layers import choose_float, float_sums
 from onnxslim_lab.quantization.float_weights import (
     Stored,
+    store_by_outputs,
     store_float_layers,
     store_weights,
     stored,
@@ -31,6 +32,7 @@ from onnxslim_lab.quantization.planning import (
 from onnxslim_lab.quantization.prepare import prepare
 from onnxslim_lab.quantization.qoperator import format_of, write_operators
 from onnxslim_lab.quantization.static_layers import why_not_finite
+from onnxslim_lab.quantization.term_choice import choose_terms
 from onnxslim_lab.quantization.weight_prepare import layer_names
 from onnxslim_lab.selection import Target, find_targets, matches
 
@@ -62,11 +64,13 @@ def apply_static(model: Graph, step: Quantize, context: Context) -> Outcome:
     expected = 0.0
     if judge is not None and (step.float_macs or step.float_sums):
         left, expected = _stay_float(judge, step, context, outcome)
+    if judge is not None and step.terms > 1:
+        expected = _two_terms(judge, left, step, context, outcome)
     original = model.copy()
     outcome.merge(plan.write(model, without=left))
     if written != "qdq":
         outcome.merge(write_operators(model, microsoft=written == "microsoft"))
-    _weights_alone(model, others, step, scheme, context, outcome)
+    _weights_alone(model, others, judge, step, scheme, context, outcome)
     if judge is not None and left:
         weights = _weights_of(plan, left)
         outcome.merge(store_float_layers(model, weights, judge, step, scheme, context, expected))
@@ -171,6 +175,29 @@ def _stay_float(judge: Judge, step: Quantize, context: Context, outcome: Outcome
     return names, choice.after
 
 
+def _two_terms(judge: Judge, left: list[str], step: Quantize, context: Context, outcome: Outcome) -> float:
+    """Let layers whose rounded input spoils the outputs read it as two terms; say so and return the loss."""
+    plan = judge.plan
+    if not plan.scheme.by_codes:
+        outcome.refuse(plan.model.name, "no two terms: they are for onnxruntime and activations in uint8")
+        return 0.0
+    terms = choose_terms(judge, left, context, 10 ** (-step.float_until / 10))
+    if not terms.layers:
+        why = f"the output error of {decibels(terms.before):.1f} dB falls noticeably with none"
+        outcome.refuse(plan.model.name, f"no input is of two terms: {why}")
+        return terms.after
+    share = terms.macs / max(plan.macs, 1)
+    what = (
+        f"{len(terms.layers)} layers multiply inputs of two terms, which takes {share:.1%} of the multiply-accumulates "
+        f"a second time: the output error falls from {decibels(terms.before):.1f} to {decibels(terms.after):.1f} dB"
+    )
+    outcome.changes.append(Change(plan.model.name, what, detail={"terms_macs": share}))
+    if step.ranges == "auto":
+        outcome.change(plan.model.name, f"then {choose_ranges(judge, left)}")
+        return judge.loss(without=left)
+    return terms.after
+
+
 def _weights_of(plan: Plan, names: Collection[str]) -> set[Stored]:
     return stored(layer.layer for layer in plan.layers if layer.name in names)
 
@@ -191,6 +218,7 @@ def _sum_in_float(judge: Judge, without: Sequence[str], context: Context, outcom
 def _weights_alone(
     model: Graph,
     others: list[tuple[Layer, str]],
+    judge: Judge | None,
     step: Quantize,
     scheme: Scheme,
     context: Context,
@@ -203,7 +231,11 @@ def _weights_alone(
     others = [(layer, why) for layer, why in others if layer.weight_graph.is_constant(layer.weight)]
     if not others:
         return
-    store_weights(model, stored(layer for layer, _ in others), step, scheme, context, outcome)
+    weights = stored(layer for layer, _ in others)
+    if judge is not None and (step.float_macs or step.terms > 1):
+        store_by_outputs(model, weights, judge, step, scheme, context, outcome)
+    else:
+        store_weights(model, weights, step, scheme, context, outcome)
     for layer, reason in others:
         outcome.refuse(layer.name, f"its activations stay float: {reason}")
 

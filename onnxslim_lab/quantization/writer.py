@@ -75,8 +75,9 @@ class GraphWriter:
         """Store a parameter in the graph, equal small ones once; return its name."""
         graph = owner or self.graph
         key = (id(graph), array.dtype.str, array.shape, array.tobytes()) if array.size < 2 else ()
-        if key and key in self._parameters:
-            return self._parameters[key]
+        known = self._parameters.get(key, "") if key else ""
+        if known and graph.is_constant(known):  # a bias that it was for may be gone
+            return known
         name = graph.fresh_name("s" if array.dtype.kind == "f" else "z")
         graph.set_constant(name, array, data_type)
         if key:
