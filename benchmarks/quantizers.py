@@ -31,7 +31,7 @@ ENOUGH = 30  # dB of output error, for layers to be left in float; more where a 
 SILERO = frozenset(
     f"silero_vad{end}" for end in ("", "_16k_op15", "_16k_sequence", "_half", "_openvino_16k", "_op18_ifless")
 )
-MORE = dict.fromkeys(SILERO, 40) | {
+MORE = dict.fromkeys(SILERO, 36) | {
     "efficientnet_lite0": 32,
     "ppocrv2_cls": 50,
     "silero_vad_16k_sequence": 50,
