@@ -7,6 +7,7 @@ from test_quantize_shielding import optimized
 
 from onnxslim_lab.base import Outcome
 from onnxslim_lab.passes.quantize import Quantize
+from onnxslim_lab.quantization.float_results import splittable
 from onnxslim_lab.quantization.numerics import dequantize
 from onnxslim_lab.quantization.static import plan_static, scheme_of
 
@@ -152,7 +153,7 @@ def test_a_convolution_that_only_two_terms_are_read_of_is_not_rounded():
     )
     step = Quantize(**ASKED)
     plan = plan_static(graph, step, scheme_of(step), context_of(feeds_of((2, 4, 20))), Outcome()).plan
-    first, second = plan.splittable(())
+    first, second = splittable(plan, ())
     assert (first.value, first.sums) == ("x", frozenset())
     assert (second.value, second.sums) == ("r", {plan.layers[0].name})
     plan.doubled, plan.summed = {plan.layers[1].name}, set(second.sums)
@@ -208,7 +209,7 @@ def test_what_cannot_be_split_is_not_tried(body, sizes, options):
     step = Quantize(**(ASKED | options))
     plan = plan_static(graph, step, scheme_of(step), context_of(feeds_of((1, 4, 9))), Outcome()).plan
     assert len(plan.layers) == 1
-    assert plan.splittable(()) == []
+    assert splittable(plan, ()) == []
 
 
 def test_two_terms_are_refused_where_they_are_not_written():

@@ -13,9 +13,9 @@ from onnxslim_lab.graph import Graph
 from onnxslim_lab.layers import Layer
 from onnxslim_lab.quantization.numerics import dequantize
 from onnxslim_lab.quantization.placement import fused_output
-from onnxslim_lab.quantization.plan import Plan, weight_of
+from onnxslim_lab.quantization.plan import Plan
 from onnxslim_lab.quantization.ranges import expected_error
-from onnxslim_lab.quantization.static_layers import StaticLayer, added_bias, weight_axis
+from onnxslim_lab.quantization.static_layers import StaticLayer, added_bias, weight_axis, weight_of
 from onnxslim_lab.statistics import Channels, Statistics, ValueStatistics, Want
 
 Array = npt.NDArray[Any]

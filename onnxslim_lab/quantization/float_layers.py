@@ -9,6 +9,7 @@ from dataclasses import replace
 from onnxslim_lab.base import Context
 from onnxslim_lab.quantization.float_choice import Choice, Price, Restored, names_of, pack
 from onnxslim_lab.quantization.float_cost import FloatCost
+from onnxslim_lab.quantization.float_results import summable_layers
 from onnxslim_lab.quantization.float_weights import loss_without
 from onnxslim_lab.quantization.output_loss import Judge, choose_ranges
 from onnxslim_lab.quantization.residuals import float_residuals
@@ -185,7 +186,7 @@ def float_sums(judge: Judge, without: Sequence[str], context: Context) -> tuple[
     """
     plan = judge.plan
     kept = set(plan.summed)
-    groups = groups_of([one for one in plan.summable(without) if one.name not in kept], _MOST_SUMS)
+    groups = groups_of([one for one in summable_layers(plan, without) if one.name not in kept], _MOST_SUMS)
     before = least = judge.loss(without=without) if groups else 0.0
     trials = []
     for number, group in enumerate(groups):

@@ -15,7 +15,8 @@ from onnxslim_lab.layers import Layer
 from onnxslim_lab.quantization import weight_jobs, weight_only, weight_rounding
 from onnxslim_lab.quantization.numerics import dequantize
 from onnxslim_lab.quantization.output_loss import Judge
-from onnxslim_lab.quantization.plan import Plan, Scheme
+from onnxslim_lab.quantization.plan import Plan
+from onnxslim_lab.quantization.scheme import Scheme
 from onnxslim_lab.quantization.types import QuantType, find_type
 from onnxslim_lab.selection import Target, find_targets
 from onnxslim_lab.statistics.collected import Place, place

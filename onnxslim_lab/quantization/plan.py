@@ -17,69 +17,21 @@ from onnxslim_lab.quantization.gates import gate_grids
 from onnxslim_lab.quantization.numerics import Grid, grid_of, quantize, weight_grid
 from onnxslim_lab.quantization.placement import Placement, place
 from onnxslim_lab.quantization.ranges import Method, Range, allow_for_unseen, choose_range
+from onnxslim_lab.quantization.scheme import Scheme
 from onnxslim_lab.quantization.shielding import keep_float, keep_on_codes
-from onnxslim_lab.quantization.static_layers import Key, StaticLayer, added_bias, weight_axis
+from onnxslim_lab.quantization.static_layers import Key, StaticLayer, bias_of, weight_axis, weight_of
 from onnxslim_lab.quantization.static_types import widened, widens
-from onnxslim_lab.quantization.sums import summable, write_sums
-from onnxslim_lab.quantization.terms import why_not_terms, write_terms
-from onnxslim_lab.quantization.types import QuantType
+from onnxslim_lab.quantization.sums import write_sums
+from onnxslim_lab.quantization.terms import write_terms
 from onnxslim_lab.quantization.unrolling import Unroller
 from onnxslim_lab.quantization.writer import GraphWriter, widen_for_bias
 from onnxslim_lab.shapes import Dim
 from onnxslim_lab.statistics import Statistics, ValueStatistics
 from onnxslim_lab.statistics.collected import Place, node_place
 from onnxslim_lab.statistics.collected import place as place_of
-from onnxslim_lab.targets.model import Profile
 
 Shape = tuple[Dim, ...] | None
 Codes = tuple[np.ndarray[Any, Any], Grid]
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """What values are quantized to.
-
-    Attributes:
-        activations, weights: Types.
-        symmetric_activations, symmetric_weights: Whether zero points are the middle of the codes.
-        per_channel: Whether each output channel of a weight has its scale.
-        reduce_range: Whether weights use one bit less.
-        ranges: How ranges of activations are chosen.
-        percentile: For ranges "percentile".
-        weight_ranges: How ranges of weights are chosen.
-        profile: The target.
-    """
-
-    activations: QuantType
-    weights: QuantType
-    profile: Profile
-    symmetric_activations: bool = False
-    symmetric_weights: bool = True
-    per_channel: bool = True
-    reduce_range: bool = False
-    ranges: Method = "auto"
-    percentile: float = 99.99
-    weight_ranges: Any = "minmax"
-
-    @property
-    def by_codes(self) -> bool:
-        """Whether standard operators may be put between codes."""
-        return self.profile.is_onnxruntime and self.activations.name == "uint8"
-
-
-@dataclass(frozen=True)
-class Split:
-    """A value that may be read as two terms.
-
-    Attributes:
-        value: Its name.
-        readers: The layers that read it.
-        sums: Names of the convolutions that give float sums then.
-    """
-
-    value: str
-    readers: tuple[StaticLayer, ...]
-    sums: frozenset[str]
 
 
 @dataclass
@@ -133,48 +85,6 @@ class Plan:
     def parameters(self) -> int:
         """Elements of the weights of these layers."""
         return sum(layer.layer.parameters for layer in self.layers)
-
-    def summable(self, without: Collection[str]) -> list[StaticLayer]:
-        """Return the layers that may give float sums when all but `without` run on codes."""
-        if not self.scheme.by_codes:
-            return []
-        without = self.doubled.union(without)
-        found = []
-        for part in self.model.walk():
-            here = {
-                id(planned.layer): planned
-                for planned in self.layers
-                if planned.layer.graph is part and planned.name not in without
-            }
-            layers = [planned.layer for planned in here.values()]
-            found += [here[id(one)] for one in summable(part, layers, self.scheme.profile.operators)]
-        return found
-
-    def splittable(self, without: Collection[str]) -> list[Split]:
-        """Return the values that layers may read as two terms when all but `without` run on codes.
-
-        With each value, the layers that read it and the convolutions that give float sums then, because nothing
-        takes their result in codes.
-        """
-        if not self.scheme.by_codes:
-            return []
-        readers: dict[tuple[int, str], list[StaticLayer]] = {}
-        for planned in self.layers:
-            if planned.name not in self.doubled.union(without):
-                key = id(planned.layer.graph), planned.layer.node.input[0]
-                readers.setdefault(key, []).append(planned)
-        before = {layer.name for layer in self.summable(without)}
-        found = []
-        for (_, value), layers in readers.items():
-            reasons = [
-                why_not_terms(one.layer, symmetric=self.scheme.symmetric_weights) or one.macs is None
-                for one in layers
-            ]
-            if not any(reasons):
-                names = {layer.name for layer in layers}
-                after = {layer.name for layer in self.summable(names.union(without))}
-                found.append(Split(value, tuple(layers), frozenset(after - before)))
-        return found
 
     def use_ranges(self, method: Method) -> None:
         """Choose the ranges of activations in another way from now on."""
@@ -461,24 +371,6 @@ class Plan:
                 detail={"macs": planned.macs or 0, "bits": grid.kind.bits},
             )
         )
-
-
-def weight_of(layer: Layer) -> np.ndarray[Any, Any]:
-    """Return the weight as the node sees it, in the type it computes in."""
-    array = layer.weight_graph.constant(layer.weight)
-    assert array is not None
-    half = layer.stored.used_type == 10
-    return layer.stored.forward(array).astype(np.float16 if half else np.float32, copy=False)
-
-
-def bias_of(layer: Layer) -> np.ndarray[Any, Any] | None:
-    """Return the constant that a layer, or the Add behind a MatMul, adds to each output channel."""
-    name = layer.bias
-    if not name:
-        added = added_bias(layer)
-        name = added[0].input[added[1]] if added else None
-    values = layer.graph.constant(name) if name else None
-    return None if values is None else values.reshape(-1)
 
 
 def nodes_of(part: Graph, layers: Iterable[Layer]) -> list[int]:

@@ -15,8 +15,9 @@ from onnxslim_lab.layers import Layer
 from onnxslim_lab.macs import Macs
 from onnxslim_lab.profiles import find_profile
 from onnxslim_lab.quantization.layer_rounding import output_shift, round_layer
-from onnxslim_lab.quantization.plan import Plan, Scheme, bias_of, values_of
-from onnxslim_lab.quantization.static_layers import StaticLayer, why_not_static
+from onnxslim_lab.quantization.plan import Plan, values_of
+from onnxslim_lab.quantization.scheme import Scheme
+from onnxslim_lab.quantization.static_layers import StaticLayer, bias_of, why_not_static
 from onnxslim_lab.quantization.static_types import check_types
 from onnxslim_lab.quantization.types import find_type
 from onnxslim_lab.selection import Target

@@ -21,7 +21,7 @@ from onnxslim_lab.quantization.float_weights import (
     stored,
 )
 from onnxslim_lab.quantization.output_loss import Judge, choose_ranges, decibels, slower
-from onnxslim_lab.quantization.plan import Plan, Scheme
+from onnxslim_lab.quantization.plan import Plan
 from onnxslim_lab.quantization.planning import (
     least_opset,
     make_plan,
@@ -31,6 +31,7 @@ from onnxslim_lab.quantization.planning import (
 )
 from onnxslim_lab.quantization.prepare import prepare
 from onnxslim_lab.quantization.qoperator import format_of, write_operators
+from onnxslim_lab.quantization.scheme import Scheme
 from onnxslim_lab.quantization.static_layers import why_not_finite
 from onnxslim_lab.quantization.term_choice import choose_terms
 from onnxslim_lab.quantization.weight_prepare import layer_names

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import NodeProto, TensorProto
 
+from onnxslim_lab.floats import Array
 from onnxslim_lab.graph import Graph, attribute, is_op
 from onnxslim_lab.layers import Layer
 from onnxslim_lab.statistics import collected
@@ -110,3 +111,21 @@ def weight_axis(layer: Layer) -> int:
     if layer.op_type == "Gemm":
         return 0 if attribute(layer.node, "transB", 0) else 1
     return len(layer.stored.shape) - 1
+
+
+def weight_of(layer: Layer) -> Array:
+    """Return the weight as the node sees it, in the type it computes in."""
+    array = layer.weight_graph.constant(layer.weight)
+    assert array is not None
+    half = layer.stored.used_type == 10
+    return layer.stored.forward(array).astype(np.float16 if half else np.float32, copy=False)
+
+
+def bias_of(layer: Layer) -> Array | None:
+    """Return the constant that a layer, or the Add behind a MatMul, adds to each output channel."""
+    name = layer.bias
+    if not name:
+        added = added_bias(layer)
+        name = added[0].input[added[1]] if added else None
+    values = layer.graph.constant(name) if name else None
+    return None if values is None else values.reshape(-1)

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from onnxslim_lab.base import Context
+from onnxslim_lab.quantization.float_results import Split, splittable
 from onnxslim_lab.quantization.output_loss import Judge
-from onnxslim_lab.quantization.plan import Plan, Split
+from onnxslim_lab.quantization.plan import Plan
 
 _WORTH = 0.75  # times the loss, for the products of a set of layers a second time: 1.25 dB
 _MOST = 12  # sets of values that are tried
@@ -48,7 +49,7 @@ def choose_terms(judge: Judge, without: Collection[str], context: Context, enoug
     chosen: list[str] = []
     while least > enough:
         trials = []
-        groups = _groups(plan.splittable(without))
+        groups = _groups(splittable(plan, without))
         for number, group in enumerate(groups):
             context.progress(number + 1, len(groups), f"two terms of {group[0].value}")
             with _split(plan, group):
