@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from onnx import NodeProto
 
 from onnxslim_lab.equalization.balance import Plan
 from onnxslim_lab.equalization.ends import on_matrix, scaled_constant, scaled_weight, write_constant
 from onnxslim_lab.equalization.indexing import Array
 from onnxslim_lab.equalization.region import ConstantEnd, LayerEnd
-from onnxslim_lab.graph import Graph
 from onnxslim_lab.layers import Layer
+from onnxslim_lab.rewriting.patterns import twin
 
 _Factors = dict[tuple[int, str], tuple[Layer, list[tuple[Plan, LayerEnd]]]]
 
@@ -97,23 +96,10 @@ def _copy(plan: Plan) -> list[ConstantEnd]:
     ends = []
     for node in region.copies:
         inputs = [made.get(name, name) for name in node.input]
-        own = _twin(graph, node, inputs)
-        made[node.output[0]] = own
-        twin = graph.producer(own)
-        assert twin is not None
-        ends += [ConstantEnd(twin, end.slot, end.index) for end in region.constants if end.node is node]
+        own = twin(graph, node, inputs, "scaled")
+        made[node.output[0]] = own.output[0]
+        ends += [ConstantEnd(own, end.slot, end.index) for end in region.constants if end.node is node]
     for end in region.layers:
         reader = end.layer.node
         graph.set_inputs(reader, [made[value] if name == value else name for name in reader.input])
     return ends
-
-
-def _twin(graph: Graph, node: NodeProto, inputs: list[str]) -> str:
-    """Add a copy of a node with other inputs; returns the name of its result."""
-    copy = NodeProto()
-    copy.CopyFrom(node)
-    copy.input[:] = inputs
-    copy.name = graph.fresh_name(node.name or node.op_type)
-    copy.output[:] = [graph.fresh_name(f"{node.output[0]}_scaled")]
-    graph.adopt(copy)
-    return str(copy.output[0])

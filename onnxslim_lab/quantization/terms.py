@@ -17,10 +17,11 @@ from dataclasses import replace
 import numpy as np
 from onnx import NodeProto
 
-from onnxslim_lab.graph import Graph, attribute
+from onnxslim_lab.graph import attribute
 from onnxslim_lab.layers import Layer
 from onnxslim_lab.quantization.numerics import Grid, middle
 from onnxslim_lab.quantization.writer import GraphWriter
+from onnxslim_lab.rewriting.patterns import twin
 
 
 def why_not_terms(layer: Layer, *, symmetric: bool) -> str:
@@ -77,8 +78,8 @@ def write_terms(
         split[value] = first, _rounded(writer, left, rest_of(grid))
     decode = graph.producer(node.input[1])
     assert decode is not None
-    weight = _twin(graph, decode, list(decode.input))  # its own: onnxruntime fuses it with one product
-    rest = _twin(graph, node, [split[value][1], weight.output[0]])
+    weight = twin(graph, decode, list(decode.input), "rest")  # its own: onnxruntime fuses it with one product
+    rest = twin(graph, node, [split[value][1], weight.output[0]], "rest")
     part = graph.fresh_name(f"{output}_first")
     graph.set_input(node, 0, split[value][0])
     graph.set_outputs(node, [part])
@@ -93,13 +94,3 @@ def _rounded(writer: GraphWriter, value: str, grid: Grid) -> str:
     names = writer.parameters(grid)
     codes = writer.graph.emit("QuantizeLinear", [value, *names], name="q").output[0]
     return writer.graph.emit("DequantizeLinear", [codes, *names], name="dq").output[0]
-
-
-def _twin(graph: Graph, node: NodeProto, inputs: list[str]) -> NodeProto:
-    """Add a copy of a node with other inputs; return it."""
-    twin = NodeProto()
-    twin.CopyFrom(node)
-    twin.input[:] = inputs
-    twin.name = graph.fresh_name(node.name or node.op_type)
-    twin.output[:] = [graph.fresh_name(f"{node.output[0]}_rest")]
-    return graph.adopt(twin)

@@ -111,3 +111,20 @@ def replace_pattern(
     made = graph.adopt(node)
     drop_unused(graph, tuple(name for name in read if graph.is_constant(name)))
     return made
+
+
+def twin(graph: Graph, node: NodeProto, inputs: Sequence[str], suffix: str) -> NodeProto:
+    """Add a copy of a node with one output that reads other inputs; returns it.
+
+    Args:
+        graph: The node's graph.
+        node: The node.
+        inputs: What the copy reads.
+        suffix: Of the name of what it makes.
+    """
+    copy = NodeProto()
+    copy.CopyFrom(node)
+    copy.input[:] = inputs
+    copy.name = graph.fresh_name(node.name or node.op_type)
+    copy.output[:] = [graph.fresh_name(f"{node.output[0]}_{suffix}")]
+    return graph.adopt(copy)
