@@ -66,7 +66,10 @@ def apply_static(model: Graph, step: Quantize, context: Context) -> Outcome:
     if judge is not None and (step.float_macs or step.float_sums):
         left, expected = _stay_float(judge, step, context, outcome)
     if judge is not None and step.terms > 1:
-        expected = _two_terms(judge, left, step, context, outcome)
+        if scheme.by_codes:
+            expected = _two_terms(judge, left, step, context, outcome)
+        else:
+            outcome.refuse(model.name, "no two terms: they are for onnxruntime and activations in uint8")
     original = model.copy()
     outcome.merge(plan.write(model, without=left))
     if written != "qdq":
@@ -179,9 +182,6 @@ def _stay_float(judge: Judge, step: Quantize, context: Context, outcome: Outcome
 def _two_terms(judge: Judge, left: list[str], step: Quantize, context: Context, outcome: Outcome) -> float:
     """Let layers whose rounded input spoils the outputs read it as two terms; say so and return the loss."""
     plan = judge.plan
-    if not plan.scheme.by_codes:
-        outcome.refuse(plan.model.name, "no two terms: they are for onnxruntime and activations in uint8")
-        return 0.0
     terms = choose_terms(judge, left, context, 10 ** (-step.float_until / 10))
     if not terms.layers:
         why = f"the output error of {decibels(terms.before):.1f} dB falls noticeably with none"
