@@ -115,9 +115,13 @@ def _ours(options: str) -> Job:
                 )
                 loss = loss_of(reference, runner.run(lab.Graph.load(f"{target}.{number}"), some))
                 quantized = next(step for step in result.report.steps if step.name == "quantize")
-                left = [change.detail.get("float_macs", 0.0) for change in quantized.changes]
-                tried.append((max(loss, 10 ** (-until / 10)), sum(left), loss, number, result.report))
-        _, left_float, loss, number, report = min(tried, key=lambda one: one[:3])
+                told = [change.detail for change in quantized.changes]
+                left, twice = (
+                    sum(one.get(f"{part}_macs", 0.0) for one in told) for part in ("float", "terms")
+                )
+                near = max(loss, 10 ** (-until / 10))
+                tried.append((near, left + twice, loss, left, number, result.report))
+        _, _, loss, left_float, number, report = min(tried, key=lambda one: one[:3])
         for *_, other, _ in tried:
             file = Path(f"{target}.{other}")
             file.replace(target) if other == number else file.unlink()
