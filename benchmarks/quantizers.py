@@ -89,7 +89,7 @@ def _ours(options: str) -> Job:
     """Quantize with and without scaled channels, and keep what is nearer the original on the calibration data."""
     lab = importlib.import_module("onnxslim_lab")
     data = importlib.import_module("onnxslim_lab.data")
-    loss_of = importlib.import_module("onnxslim_lab.quantization.output_loss").output_loss
+    judging = importlib.import_module("onnxslim_lab.quantization.output_loss")
     ways = ("simplify", "equalize"), ("simplify",)
 
     def run(source: str, feeds: list[Feed], target: str) -> dict[str, Any]:
@@ -113,13 +113,13 @@ def _ours(options: str) -> Job:
                     allow_growth=True,
                     cache=False,
                 )
-                loss = loss_of(reference, runner.run(lab.Graph.load(f"{target}.{number}"), some))
+                loss = judging.output_loss(reference, runner.run(lab.Graph.load(f"{target}.{number}"), some))
                 quantized = next(step for step in result.report.steps if step.name == "quantize")
                 told = [change.detail for change in quantized.changes]
                 left, twice = (
                     sum(one.get(f"{part}_macs", 0.0) for one in told) for part in ("float", "terms")
                 )
-                near = max(loss, 10 ** (-until / 10))
+                near = max(loss, judging.loss_at(until))
                 tried.append((near, left + twice, loss, left, number, result.report))
         _, _, loss, left_float, number, report = min(tried, key=lambda one: one[:3])
         for *_, other, _ in tried:

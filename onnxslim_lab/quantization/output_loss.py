@@ -132,6 +132,15 @@ def decibels(loss: float) -> float:
     return 10 * math.log10(max(loss, 1e-30))
 
 
+def loss_at(distance: float) -> float:
+    """Return the loss of an error so many dB below the outputs.
+
+    >>> loss_at(30)
+    0.001
+    """
+    return float(10 ** (-distance / 10))
+
+
 def output_loss(reference: Sequence[dict[str, Value]], found: Sequence[dict[str, Value]]) -> float:
     """Return the mean over outputs of the relative squared error, in [0, 1] for what is worth keeping.
 

@@ -20,7 +20,7 @@ from onnxslim_lab.quantization.float_weights import (
     store_weights,
     stored,
 )
-from onnxslim_lab.quantization.output_loss import Judge, choose_ranges, decibels, slower
+from onnxslim_lab.quantization.output_loss import Judge, choose_ranges, decibels, loss_at, slower
 from onnxslim_lab.quantization.plan import Plan
 from onnxslim_lab.quantization.planning import (
     least_opset,
@@ -144,7 +144,7 @@ def _stay_float(judge: Judge, step: Quantize, context: Context, outcome: Outcome
         _sum_in_float(judge, (), context, outcome)
     if not step.float_macs:
         return [], 0.0
-    enough = 10 ** (-step.float_until / 10)
+    enough = loss_at(step.float_until)
     choice = choose_float(judge, step.float_macs, context, ranges=step.ranges == "auto", enough=enough)
     for one in choice.restored:
         for name in one.names:
@@ -169,9 +169,9 @@ def _stay_float(judge: Judge, step: Quantize, context: Context, outcome: Outcome
         if choice.ranges:
             outcome.change(plan.model.name, f"then {choice.ranges}")
     else:
-        error = f"is {decibels(choice.before):.1f} dB"
-        why = error if choice.before <= enough else "falls noticeably with none"
-        outcome.refuse(plan.model.name, f"no layer stays float: the output error {why}")
+        outcome.refuse(
+            plan.model.name, f"no layer stays float: the output error {_why_none(choice.before, enough)}"
+        )
     if names and step.float_sums:
         _sum_in_float(judge, names, context, outcome)
     if step.ranges == "auto" and plan.summed:
@@ -182,10 +182,11 @@ def _stay_float(judge: Judge, step: Quantize, context: Context, outcome: Outcome
 def _two_terms(judge: Judge, left: list[str], step: Quantize, context: Context, outcome: Outcome) -> float:
     """Let layers whose rounded input spoils the outputs read it as two terms; say so and return the loss."""
     plan = judge.plan
-    terms = choose_terms(judge, left, context, 10 ** (-step.float_until / 10))
+    enough = loss_at(step.float_until)
+    terms = choose_terms(judge, left, context, enough)
     if not terms.layers:
-        why = f"the output error of {decibels(terms.before):.1f} dB falls noticeably with none"
-        outcome.refuse(plan.model.name, f"no input is of two terms: {why}")
+        why = _why_none(terms.before, enough)
+        outcome.refuse(plan.model.name, f"no input is of two terms: the output error {why}")
         return terms.after
     share = terms.macs / max(plan.macs, 1)
     what = (
@@ -197,6 +198,11 @@ def _two_terms(judge: Judge, left: list[str], step: Quantize, context: Context, 
         outcome.change(plan.model.name, f"then {choose_ranges(judge, left)}")
         return judge.loss(without=left)
     return terms.after
+
+
+def _why_none(loss: float, enough: float) -> str:
+    """Return why nothing was chosen to lower a loss."""
+    return f"is {decibels(loss):.1f} dB" if loss <= enough else "falls noticeably with none"
 
 
 def _weights_of(plan: Plan, names: Collection[str]) -> set[Stored]:
