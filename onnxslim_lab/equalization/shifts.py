@@ -81,7 +81,7 @@ class Shift:
     Attributes:
         stream: The values.
         centres: What each value loses, float64 (channels,).
-        before, after: Power of the rounding errors in what the layers read it as, relative to no unit.
+        before, after: Noise of the rounding in what the readers make, up to a factor that both have.
     """
 
     stream: Stream
@@ -92,8 +92,11 @@ class Shift:
 
 def find_streams(graph: Graph, layers: Iterable[Layer]) -> list[Stream]:
     """Return the streams of one graph; a value is in one of them at most."""
-    slots = [slot for slot in find_slots(graph)[0] if slot.kind == "float" or slot.slot == 2]
-    slots = [slot for slot in slots if slot.kind in ("float", "new float")]
+    slots = [
+        slot
+        for slot in find_slots(graph)[0]
+        if slot.kind == "float" or (slot.kind == "new float" and slot.slot == 2)
+    ]
     by_node = {id(slot.node): slot for slot in slots}
     makers = {slot.value: slot for slot in (*slots, *_norms(graph))}
     readers = {}
@@ -207,7 +210,7 @@ def find_shift(stream: Stream, statistics: Statistics) -> Shift | None:
         if not all(np.isfinite(end).all() for end in ends):
             return None
         ranges[value] = ends
-    power = _power(stream, {value: np.zeros(len(low)) for value, (low, _) in ranges.items()})
+    power = _power(stream, ranges)
     centres: dict[str, Doubles] = {}
     before = after = 0.0
     for value, parts in stream.sums.items():
@@ -220,8 +223,9 @@ def find_shift(stream: Stream, statistics: Statistics) -> Shift | None:
     return Shift(stream, centres, before, after) if after < _WORTH * before else None
 
 
-def _power(stream: Stream, power: dict[str, Doubles]) -> dict[str, Doubles]:
+def _power(stream: Stream, ranges: Mapping[str, tuple[Doubles, Doubles]]) -> dict[str, Doubles]:
     """Return the sum of squared weights that read each channel of a value, sums of it included."""
+    power = {value: np.zeros(len(low)) for value, (low, _) in ranges.items()}
     for reader in stream.readers:
         power[reader.value] = power[reader.value] + np.square(reader.taps).sum(axis=(1, 3)).reshape(-1)
     for value, parts in reversed(stream.sums.items()):

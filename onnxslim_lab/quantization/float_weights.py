@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -123,7 +122,7 @@ def store_by_outputs(
     fine: set[Stored] = set()
     least = loss(fine) if recurrent else 0.0
     if recurrent and least > judge.loss_of(model) * _NOTICEABLE:
-        for one in _smallest(model, recurrent, math.inf)[: -_MOST - 1 : -1]:
+        for one in list(_by_size(model, recurrent))[: -_MOST - 1 : -1]:
             found = loss(fine | {one})
             if found * _NOTICEABLE < least:
                 fine, least = fine | {one}, found
@@ -227,19 +226,24 @@ def _best(step: Quantize) -> str:
 
 def _smallest(model: Graph, weights: set[Stored], budget: float) -> list[Stored]:
     """Return the smallest weights that have at most so many elements together."""
+    chosen = []
+    for one, size in _by_size(model, weights).items():
+        budget -= size
+        if budget < 0:
+            break
+        chosen.append(one)
+    return chosen
+
+
+def _by_size(model: Graph, weights: set[Stored]) -> dict[Stored, int]:
+    """Return how many elements each weight has, the smallest first."""
     sizes = {
         one: target.size
         for target in _targets(model, weights)
         for one in stored(target.layers)
         if one in weights
     }
-    chosen = []
-    for one in sorted(sizes, key=lambda one: (sizes[one], one)):
-        budget -= sizes[one]
-        if budget < 0:
-            break
-        chosen.append(one)
-    return chosen
+    return {one: sizes[one] for one in sorted(sizes, key=lambda one: (sizes[one], one))}
 
 
 def _unsettled(part: Sequence[Stored], settle: Callable[[Sequence[Stored]], bool]) -> list[Stored]:

@@ -186,14 +186,7 @@ class Plan:
         where = place_of(part)
         if where not in self._roots:
             here = [planned.layer for planned in self.layers if place_of(planned.layer.graph) == where]
-            placed = place(
-                here[0].graph,
-                here,
-                self.scheme.profile.operators,
-                by_codes=self.scheme.by_codes,
-                tables=nodes_of(here[0].graph, self.tables),
-            )
-            self._roots[where] = placed.roots
+            self._roots[where] = place_all(here, self.scheme, self.tables).roots
         scheme, root = self.scheme, self._roots[where][value]
         statistics = self.statistics_of(part, root)
         low, high = choose_range(
@@ -379,6 +372,18 @@ def nodes_of(part: Graph, layers: Iterable[Layer]) -> list[int]:
     return [id(node) for node in part.nodes if keys and node_place(part, node) in keys]
 
 
+def place_all(layers: Sequence[Layer], scheme: Scheme, tables: Sequence[Layer]) -> Placement:
+    """Return where values of one graph are quantized when these layers of it run on codes, nothing in float."""
+    part = layers[0].graph
+    return place(
+        part,
+        layers,
+        scheme.profile.operators,
+        by_codes=scheme.by_codes,
+        tables=nodes_of(part, tables),
+    )
+
+
 def values_of(
     model: Graph, layers: Collection[StaticLayer], scheme: Scheme, tables: Sequence[Layer] = ()
 ) -> list[tuple[Graph, str]]:
@@ -387,14 +392,7 @@ def values_of(
     for part in model.walk():
         here = [planned.layer for planned in layers if planned.layer.graph is part]
         if here:
-            placed = place(
-                part,
-                here,
-                scheme.profile.operators,
-                by_codes=scheme.by_codes,
-                tables=nodes_of(part, tables),
-            )
-            for value in placed.roots:
+            for value in place_all(here, scheme, tables).roots:
                 scope = part.scope_of(value) or part
                 found[id(scope), value] = scope, value
     return list(found.values())

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 from onnx import NodeProto
 
 from onnxslim_lab.base import Context
+from onnxslim_lab.components import components
 from onnxslim_lab.graph import is_op
 from onnxslim_lab.quantization.float_choice import Choice, Price
 from onnxslim_lab.quantization.float_weights import loss_without
@@ -27,24 +29,19 @@ _MOST = 12  # chains that are tried
 
 def residual_chains(placed: Placement) -> list[list[NodeProto]]:
     """Return the chains of two and more Adds on codes of which each reads the sum before it."""
-    graph = placed.graph
-    adds = {id(node) for takers in placed.takers.values() for node, _ in takers if is_op(node, "Add")}
-    chains: list[list[NodeProto]] = []
-    chain_of: dict[str, list[NodeProto]] = {}
-    for node in graph.nodes:
-        if id(node) not in adds:
-            continue
-        before = [chain_of[name] for name in node.input if name in chain_of]
-        chain = before[0] if before else []
-        for other in before[1:]:
-            if other is not chain:
-                chain += other
-                chains = [one for one in chains if one is not other]
-                chain_of.update((one.output[0], chain) for one in other)
-        if not before:
-            chains.append(chain)
-        chain.append(node)
-        chain_of[node.output[0]] = chain
+    on_codes = {id(node) for takers in placed.takers.values() for node, _ in takers}
+    adds = [node for node in placed.graph.nodes if id(node) in on_codes and is_op(node, "Add")]
+    number = {node.output[0]: place for place, node in enumerate(adds)}
+    links = [
+        (np.array([number[name]]), np.array([place]))
+        for place, node in enumerate(adds)
+        for name in node.input
+        if name in number
+    ]
+    count, labels = components(len(adds), links)
+    chains = [
+        [node for node, label in zip(adds, labels, strict=True) if label == one] for one in range(count)
+    ]
     return [chain for chain in chains if len(chain) > 1]
 
 
