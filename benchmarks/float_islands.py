@@ -21,6 +21,8 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
+from onnxruntime import InferenceSession
 from quantization_metrics import session
 from scipy.optimize import nnls
 
@@ -46,6 +48,7 @@ CONVOLUTIONS = [  # channels, size, kernel, groups
 DEPTHWISE = [(96, 112, 3, 96), (144, 56, 3, 144), (480, 14, 5, 480)]
 PRODUCTS = [(1280, 1000), (512, 512), (2048, 2048)]  # inputs, outputs
 TYPE = onnx.TensorProto.FLOAT
+Floats = NDArray[np.float64]
 
 
 def convolutions(channels: int, size: int, kernel: int, groups: int) -> tuple[onnx.ModelProto, str, int]:
@@ -65,7 +68,7 @@ def convolutions(channels: int, size: int, kernel: int, groups: int) -> tuple[on
         )
         value = f"c{number}"
     macs = channels * channels // groups * kernel * kernel * size * size
-    return _model(nodes, constants, shape, value, shape), "conv1", macs
+    return chain(nodes, constants, shape, value, shape), "conv1", macs
 
 
 def product(inputs: int, outputs: int) -> tuple[onnx.ModelProto, str, int]:
@@ -80,16 +83,17 @@ def product(inputs: int, outputs: int) -> tuple[onnx.ModelProto, str, int]:
         onnx.helper.make_node("Gemm", ["x", "w0"], ["g"], "gemm0"),
         onnx.helper.make_node("Gemm", ["g", "w1"], ["y"], "gemm1"),
     ]
-    return _model(nodes, constants, [1, 8], "y", [1, outputs]), "gemm1", inputs * outputs
+    return chain(nodes, constants, [1, 8], "y", [1, outputs]), "gemm1", inputs * outputs
 
 
-def _model(
+def chain(
     nodes: list[onnx.NodeProto],
     constants: list[onnx.TensorProto],
     shape: list[int],
     result: str,
     result_shape: list[int],
 ) -> onnx.ModelProto:
+    """Return a model of one input x and one output."""
     info = onnx.helper.make_tensor_value_info
     graph = onnx.helper.make_graph(
         nodes, "chain", [info("x", TYPE, shape)], [info(result, TYPE, result_shape)], constants
@@ -116,6 +120,11 @@ def extra_time(model: onnx.ModelProto, name: str, runs: int, folder: Path) -> fl
             cache=False,
         )
         sessions.append(session(str(target)))
+    return difference(sessions, feeds[0], runs)
+
+
+def difference(sessions: list[InferenceSession], feed: dict[str, Value], runs: int) -> float:
+    """Return the median of the seconds that the second of two models takes longer."""
     differences = []
     flush = np.zeros(1 << 22, np.float32)  # models are larger than caches: neither finds its weights there
     for _ in range(runs):
@@ -123,10 +132,19 @@ def extra_time(model: onnx.ModelProto, name: str, runs: int, folder: Path) -> fl
         for made in sessions:
             flush += 1
             start = time.perf_counter()
-            made.run(None, feeds[0])
+            made.run(None, feed)
             times.append(time.perf_counter() - start)
         differences.append(times[1] - times[0])
     return statistics.median(differences)
+
+
+def fit(rows: list[list[float]], extra: list[float], least: float = 1e-5) -> Floats:
+    """Return the factors of least relative error that are not negative; times below `least` count as that."""
+    matrix, wanted = np.array(rows), np.array(extra)
+    weight = 1 / np.maximum(np.abs(wanted), least)
+    scale = np.abs(matrix * weight[:, None]).max(axis=0)
+    found, _ = nnls(matrix * weight[:, None] / scale, wanted * weight)
+    return np.asarray(found / scale)
 
 
 def main() -> None:
@@ -134,7 +152,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure what a float layer between layers on codes costs.")
     parser.add_argument("--runs", type=int, default=40, help="alternating runs of each pair")
     runs = parser.parse_args().runs
-    rows, extra, names = [], [], []
+    rows: list[list[float]] = []
+    extra, names = [], []
     print("| middle layer | MACs | extra time |\n|---|---:|---:|")
     with tempfile.TemporaryDirectory() as temporary:
         for channels, size, kernel, groups in CONVOLUTIONS + DEPTHWISE:
@@ -156,15 +175,11 @@ def main() -> None:
             rows.append([macs, macs, 0, 0])
             extra.append(took)
             names.append(f"Gemm {inputs} to {outputs}")
-    matrix, wanted = np.array(rows, float), np.array(extra)
-    weight = 1 / np.maximum(wanted, 1e-5)
-    scale = (matrix * weight[:, None]).max(axis=0)
-    found, _ = nnls(matrix * weight[:, None] / scale, wanted * weight)
-    found /= scale
+    found = fit(rows, extra)
     print(f"\nOne multiply-accumulate takes {1e9 * found[0]:.4f} ns longer in float. In units of that:")
     for what, value in zip(("a weight", "an element converted", "a conversion"), found[1:], strict=True):
         print(f"- {what}: {value / found[0]:.0f}")
-    for label, predicted, seen in zip(names, matrix @ found, wanted, strict=True):
+    for label, predicted, seen in zip(names, np.array(rows) @ found, extra, strict=True):
         print(f"  {label}: {1e6 * predicted:.0f} us fitted, {1e6 * seen:.0f} us seen")
 
 

@@ -90,8 +90,9 @@ class Quantize(Pass):
     )
     float_sums: bool = Field(
         False,
-        description="whether convolutions may give float results where rounding them spoils the outputs, by "
-        "ConvInteger, which takes onnxruntime's CPU provider about as long as a float Conv",
+        description="whether all convolutions may give float results where rounding them spoils the outputs: by "
+        "ConvInteger, which takes onnxruntime's CPU provider about as long as a float Conv, those of one tap and of one "
+        "axis by MatMul, which is faster and is tried with float_macs in any case",
     )
     terms: int = Field(
         1,

@@ -8,7 +8,7 @@ from onnxslim_lab.passes.quantize import Quantize
 from onnxslim_lab.quantization.float_cost import FloatCost
 from onnxslim_lab.quantization.static import plan_static, scheme_of
 
-CALL, ELEMENT, WEIGHT = 200_000, 60, 8
+CALL, ELEMENT, WEIGHT, RESULT, FASTER = 200_000, 60, 8, 80, 0.12
 
 
 def cost_of(body, sizes, shape, outputs="float[N,4,8,8] y"):
@@ -51,3 +51,12 @@ def test_a_value_that_float_operators_read_anyway_costs_nothing_more():
     sizes = {"w": (4, 4, 1, 1), "v": (4, 4, 1, 1)}
     cost = cost_of(body, sizes, ("N", 4, 8, 8))
     assert cost.of(["b"]) == CELLS * 16 + WEIGHT * 16 - conversions(4 * CELLS)
+
+
+def test_a_float_result_costs_by_its_size_and_saves_by_its_products():
+    body = "a = Conv(x, w) t = Tanh(a) y = Conv(t, v)"
+    cost = cost_of(body, {"w": (16, 4, 1, 1), "v": (4, 16, 1, 1)}, ("N", 4, 8, 8))
+    (layer,) = [one.name for one in cost.plan.layers if one.layer.node.output[0] == "a"]
+    cost.plan.summed = {layer}
+    assert cost.of([]) == pytest.approx(RESULT * 16 * CELLS - FASTER * 4 * 16 * CELLS)
+    assert cost.of([layer]) == CELLS * 4 * 16 + WEIGHT * 4 * 16 - conversions(4 * CELLS, 16 * CELLS)

@@ -8,7 +8,9 @@ from test_quantize import context_of, feeds_of, model_of, quantized
 from onnxslim_lab.base import Outcome
 from onnxslim_lab.passes.quantize import Quantize
 from onnxslim_lab.quantization.float_choice import Choice
+from onnxslim_lab.quantization.float_results import summable_layers
 from onnxslim_lab.quantization.residuals import float_residuals, residual_chains
+from onnxslim_lab.quantization.result_choice import float_results
 from onnxslim_lab.quantization.static import plan_static, scheme_of
 
 STAGE = """a = Conv(x, w0, b0) r1 = Conv(a, w1, b1) s1 = Add(a, r1) r2 = Conv(s1, w2, b2) s2 = Add(s1, r2)
@@ -43,12 +45,16 @@ def test_two_chains_that_meet_are_one():
     assert sorted(node.output[0] for node in chain) == ["s1", "s2", "s3"]
 
 
-def test_float_sums_round_each_part_once():
+@pytest.mark.parametrize("summed", ["", "r1", "a", "a r1 r2 r3"])
+def test_float_sums_round_each_part_once(summed):
     graph, feeds = stage(), feeds_of(count=3)
     model = graph.copy()
     plan = planned(model, feeds)
     (placed,) = plan.placements()
     plan.residuals = {((), node.output[0]) for chain in residual_chains(placed) for node in chain}
+    able = {layer.layer.node.output[0]: layer.name for layer in summable_layers(plan, ())}
+    assert list(able) == ["a", "r1", "r2", "r3", "y"], "the model gives the last in float"
+    plan.summed = {able[value] for value in summed.split()}
     result = plan.model.copy()
     plan.write(result)
     onnx.checker.check_model(result.to_model(), full_check=True)
@@ -71,11 +77,15 @@ def test_float_sums_round_each_part_once():
         weight = codes.astype(np.float64)[:, :, 0, 0] * np.asarray(grid.scale, np.float64).reshape(-1, 1)
         return np.einsum("oc,ncij->noij", weight, values) + graph.constant(f"b{number}").reshape(-1, 1, 1)
 
+    def result_of(values, number, name):
+        made = conv(values, number)
+        return made if name in summed.split() else on_grid(made, name)
+
     x = on_grid(feeds[0]["x"], "x")
-    total = on_grid(conv(x, 0), "a")
+    total = result_of(x, 0, "a")
     for number in (1, 2, 3):
-        read = on_grid(total, f"s{number - 1}") if number > 1 else total
-        total = total + on_grid(conv(read, number), f"r{number}")
+        read = on_grid(total, f"s{number - 1}" if number > 1 else "a")
+        total = total + result_of(read, number, f"r{number}")
     expected = conv(on_grid(total, "s3"), 4)
     found = context_of(feeds).calibration.runner.run(result, feeds[:1], optimization="off")[0]["y"]
     np.testing.assert_allclose(found, on_grid(expected, "y"), atol=np.abs(expected).max() / 100)
@@ -89,6 +99,19 @@ class Free:
 
     def of(self, loss, _names):
         return loss if self.free else -loss
+
+
+@pytest.mark.parametrize("free", [True, False])
+def test_results_are_float_where_their_time_is_worth_it(free):
+    context = context_of(feeds_of(count=8))
+    step = Quantize(target="onnxruntime-x86-vnni", rounding="nearest", ranges="minmax")
+    judge = plan_static(stage(), step, scheme_of(step), context, Outcome()).judge
+    (placed,) = judge.plan.placements()
+    judge.plan.residuals = {((), node.output[0]) for chain in residual_chains(placed) for node in chain}
+    before = judge.loss()
+    choice = float_results(judge, Choice((), before, before), Free(free=free), context)
+    assert choice.after == pytest.approx(judge.loss())
+    assert (choice.after < before, bool(judge.plan.summed)) == (free, free)
 
 
 @pytest.mark.parametrize("free", [True, False])

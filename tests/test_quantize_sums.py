@@ -2,41 +2,42 @@
 
 import numpy as np
 import pytest
-from test_quantize import context_of, feeds_of, model_of, quantized, sqnr
+from test_quantize import context_of, feeds_of, model_of, quantized
 
 from onnxslim_lab.base import Outcome
-from onnxslim_lab.layers import find_layers
 from onnxslim_lab.passes.quantize import Quantize
-from onnxslim_lab.profiles import find_profile
+from onnxslim_lab.quantization.float_results import summable_layers
+from onnxslim_lab.quantization.output_loss import output_loss
 from onnxslim_lab.quantization.ranges import allow_for_unseen
 from onnxslim_lab.quantization.static import plan_static, scheme_of
-from onnxslim_lab.quantization.sums import summable
 from onnxslim_lab.statistics import ValueStatistics
 
-SPECTRUM = """a = Conv(x, w, b) p = Mul(a, a) s = Sqrt(p) y = MatMul(s, v)"""
+SPECTRUM = "a = Conv<pads = [{0}, {0}, {0}, {0}]>(x, w, b) p = Mul(a, a) s = Sqrt(p) y = MatMul(s, v)"
 SIZES = {"w": (8, 4, 1, 1), "b": (8,), "v": (8, 3)}
 
 
-def spectrum(scale=1000.0):
-    """A convolution whose first channel is so large that 8 bits for all lose the others."""
-    graph = model_of(SPECTRUM, SIZES, outputs="float[N,8,8,3] y")
+def spectrum(scale=1000.0, size=3):
+    """Return a convolution whose first channel is so large that 8 bits for all lose the others."""
+    sizes = SIZES | {"w": (8, 4, size, size)}
+    graph = model_of(SPECTRUM.format(size // 2), sizes, outputs="float[N,8,8,3] y")
     for name in ("w", "b"):
         values = np.array(graph.constant(name))
         values[0] *= scale
         graph.set_constant(name, values)
-    heads = np.array(graph.constant("v"))
-    heads[0] /= scale
-    graph.set_constant("v", heads)
     return graph
 
 
-def test_a_result_that_rounding_spoils_stays_float():
-    graph, feeds = spectrum(), feeds_of()
+@pytest.mark.parametrize(("size", "product"), [(1, "MatMul"), (3, "ConvInteger")])
+def test_a_result_that_rounding_spoils_stays_float(size, product):
+    graph, feeds = spectrum(size=size), feeds_of()
     plain, _ = quantized(graph, feeds, exclude="v")
     result, outcome = quantized(graph, feeds, exclude="v", float_sums=True)
-    assert {"ConvInteger", "Sqrt"} <= {node.op_type for node in result.nodes}
-    assert any("ConvInteger" in change.what for change in outcome.changes)
-    assert sqnr(graph, result, feeds) > sqnr(graph, plain, feeds) + 4
+    assert {product, "Sqrt"} <= {node.op_type for node in result.nodes}
+    assert "Conv" not in {node.op_type for node in result.nodes}
+    assert any("1 convolutions on codes give float results" in change.what for change in outcome.changes)
+    run = context_of(feeds).calibration.runner.run
+    before, after = (output_loss(run(graph, feeds), run(one, feeds)) for one in (plain, result))
+    assert after < before / 1000
 
 
 def test_float_sums_are_the_products_of_the_codes():
@@ -55,8 +56,11 @@ def test_float_sums_are_the_products_of_the_codes():
     (cast,) = result.consumers(product.output[0])
     (scaled,) = result.consumers(cast.output[0])
     inputs = np.clip(np.rint(feeds[0]["x"] / scale) + shift, 0, 255) - float(shift)
-    weights = (codes.astype(np.float64) - float(zero))[:, :, 0, 0]
-    sums = np.einsum("oc,ncij->noij", weights, inputs) * result.constant(scaled.input[1])
+    weights = codes.astype(np.float64) - float(zero)
+    windows = np.lib.stride_tricks.sliding_window_view(
+        np.pad(inputs, [(0, 0), (0, 0), (1, 1), (1, 1)]), (3, 3), axis=(2, 3)
+    )
+    sums = np.einsum("ockl,ncijkl->noij", weights, windows) * result.constant(scaled.input[1])
     expected = np.abs(sums + graph.constant("b").reshape(-1, 1, 1)) @ graph.constant("v")
     found = context.calibration.runner.run(result, feeds[:1])[0]["y"]
     assert np.allclose(found, expected, atol=1e-3 * np.abs(expected).max())
@@ -78,7 +82,7 @@ def test_a_layer_that_gets_no_float_sums_says_why():
 @pytest.mark.parametrize(
     ("body", "expected"),
     [
-        (SPECTRUM, {"a"}),
+        (SPECTRUM.format(0), {"a"}),
         ("a = Conv(x, w, b) r = Relu(a) t = Tanh(r) y = MatMul(t, v)", {"a"}),
         ("a = Conv(x, w, b) c = Conv(a, u) y = Tanh(c)", {"c"}),  # a is taken in codes
         ("a = Conv<group = 4>(x, g) y = Tanh(a)", set()),
@@ -89,9 +93,9 @@ def test_only_what_nothing_takes_in_codes_may_stay_float(body, expected):
     sizes |= {"u": (8, 8, 1, 1)} if "u)" in body else {}
     sizes |= {"g": (8, 1, 1, 1)} if "g)" in body else {}
     graph = model_of(body, sizes, outputs="float[N,8,8,3] y" if "MatMul" in body else "float[N,8,8,8] y")
-    profile = find_profile("onnxruntime-x86-vnni")
-    layers = [layer for layer in find_layers(graph)[0] if layer.op_type in ("Conv", "MatMul")]
-    assert {layer.node.output[0] for layer in summable(graph, layers, profile.operators)} == expected
+    step = Quantize(target="onnxruntime-x86-vnni", ranges="minmax", rounding="nearest")
+    plan = plan_static(graph, step, scheme_of(step), context_of(feeds_of(count=1)), Outcome()).plan
+    assert {layer.layer.node.output[0] for layer in summable_layers(plan, ())} == expected
 
 
 @pytest.mark.parametrize(

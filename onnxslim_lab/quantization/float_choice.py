@@ -7,6 +7,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from onnxslim_lab.quantization.float_cost import FloatCost
+from onnxslim_lab.quantization.static_layers import StaticLayer
+
+GROUPS = 100
+"""Most sets of layers whose effect is measured; longer models are cut into runs of neighbours."""
 
 _LEAST_LEFT = 0.02  # part of the loss that stays whatever is restored: what layers cause alone is an estimate
 _LARGEST_EXPONENT = 700.0  # that a float holds the power of; a price that high is never paid
@@ -57,6 +61,12 @@ class Choice:
     def macs(self) -> int:
         """Their multiply-accumulates."""
         return sum(one.macs for one in self.restored)
+
+
+def groups_of(layers: Sequence[StaticLayer], most: int = GROUPS) -> list[tuple[StaticLayer, ...]]:
+    """Return the layers as runs of neighbours of equal length, at most so many."""
+    size = max(1, math.ceil(len(layers) / most))
+    return [tuple(layers[start : start + size]) for start in range(0, len(layers), size)]
 
 
 def pack(candidates: Sequence[Restored], budget: float) -> list[Restored]:

@@ -7,16 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from onnxslim_lab.base import Context
-from onnxslim_lab.quantization.float_choice import Choice, Price, Restored, names_of, pack
+from onnxslim_lab.quantization.float_choice import Choice, Price, Restored, groups_of, names_of, pack
 from onnxslim_lab.quantization.float_cost import FloatCost
-from onnxslim_lab.quantization.float_results import summable_layers
 from onnxslim_lab.quantization.float_weights import loss_without
 from onnxslim_lab.quantization.output_loss import Judge, choose_ranges
 from onnxslim_lab.quantization.residuals import float_residuals
+from onnxslim_lab.quantization.result_choice import float_results
 from onnxslim_lab.quantization.static_layers import StaticLayer
-
-GROUPS = 100
-"""Most sets of layers whose effect is measured; longer models are cut into runs of neighbours."""
 
 _NOTICEABLE = 0.01  # least part of the loss that a set of layers must cause
 _STEPS = 12  # parts of a choice that are tried, at most
@@ -25,20 +22,12 @@ _WORTH_ALONE = (
 )
 _WORTH_BESIDE = 0.95  # likewise, for what is chosen by what it gains beside others
 _WORTH_BYTES = 0.5  # times the loss, for weights of 16 bits in layers that stay float: 3 dB
-_WORTH_SUMS = 0.9  # times the loss, for float sums, which take less of it
-_MOST_SUMS = 12  # sets of layers whose sums are tried
-
-
-def groups_of(layers: Sequence[StaticLayer], most: int = GROUPS) -> list[tuple[StaticLayer, ...]]:
-    """Return the layers as runs of neighbours of equal length, at most so many."""
-    size = max(1, math.ceil(len(layers) / most))
-    return [tuple(layers[start : start + size]) for start in range(0, len(layers), size)]
 
 
 def choose_float(
     judge: Judge, share: float, context: Context, *, ranges: bool, enough: float = 0.0
 ) -> Choice:
-    """Return the layers to leave float; sums of residual connections that are worth it stay so in the plan.
+    """Return the layers to leave float; sums and results of layers that are worth it stay so in the plan.
 
     Where the outputs choose the ranges, they are tried under ranges that clip nothing as well as under those that
     suit all layers quantized. Clipping is a compromise with the layers that suffer without it: these can as well
@@ -69,6 +58,7 @@ def choose_float(
         return best
     price = Price(cost, budget, enough, _WORTH_BESIDE)
     best = float_residuals(judge, best, price, context)
+    best = float_results(judge, best, price, context)
     return more_layers(judge, best, price, context) if best.restored else best
 
 
@@ -168,43 +158,6 @@ def _parts(path: Sequence[Restored]) -> list[tuple[Restored, ...]]:
     """Return the beginnings of a path that are tried, the whole path last."""
     ends = {math.ceil(len(path) * step / _STEPS) for step in range(1, _STEPS + 1)} - {0}
     return [tuple(path[:end]) for end in sorted(ends)]
-
-
-def float_sums(judge: Judge, without: Sequence[str], context: Context) -> tuple[float, float]:
-    """Let convolutions of the plan whose rounded results spoil the outputs give float sums.
-
-    Those that nothing takes in codes are tried one set after another, and kept where the loss falls by a tenth:
-    they take time. Sums that the plan has stay.
-
-    Args:
-        judge: Measures the loss; its plan is edited.
-        without: Names of the layers that stay float.
-        context: Its progress is told.
-
-    Returns:
-        The loss before, and with what was added.
-    """
-    plan = judge.plan
-    kept = set(plan.summed)
-    groups = groups_of([one for one in summable_layers(plan, without) if one.name not in kept], _MOST_SUMS)
-    before = least = judge.loss(without=without) if groups else 0.0
-    trials = []
-    for number, group in enumerate(groups):
-        context.progress(number + 1, len(groups), f"float sums of {group[0].name}")
-        names = {layer.name for layer in group}
-        plan.summed = kept | names
-        trials.append((judge.loss(without=without), names))
-    plan.summed = kept
-    for loss, names in sorted(trials, key=lambda trial: trial[0]):
-        if loss > before * _WORTH_SUMS:
-            break
-        plan.summed = plan.summed | names
-        with_it = judge.loss(without=without)
-        if with_it > least * _WORTH_SUMS:
-            plan.summed = plan.summed - names
-        else:
-            least = with_it
-    return before, least
 
 
 def _macs(group: Sequence[StaticLayer]) -> int:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from onnxslim_lab.graph import attribute
+from onnxslim_lab.layers import Layer
+from onnxslim_lab.quantization.placement import Placement, fused_output
 from onnxslim_lab.quantization.plan import Plan
 from onnxslim_lab.quantization.static_layers import StaticLayer
-from onnxslim_lab.quantization.sums import summable
 from onnxslim_lab.quantization.terms import why_not_terms
+from onnxslim_lab.quantization.unrolling import windows_of
 
 
 @dataclass(frozen=True)
@@ -27,20 +30,36 @@ class Split:
 
 
 def summable_layers(plan: Plan, without: Collection[str]) -> list[StaticLayer]:
-    """Return the layers that may give float sums when all but `without` run on codes."""
+    """Return the Conv layers that may give float sums when all but `without` run on codes.
+
+    Those whose results nothing takes in codes; and those that are written as MatMul, if something reads them in float.
+    """
     if not plan.scheme.by_codes:
         return []
-    without = plan.doubled.union(without)
-    found = []
-    for part in plan.model.walk():
-        here = {
-            id(planned.layer): planned
-            for planned in plan.layers
-            if planned.layer.graph is part and planned.name not in without
-        }
-        layers = [planned.layer for planned in here.values()]
-        found += [here[id(one)] for one in summable(part, layers, plan.scheme.profile.operators)]
-    return found
+    able = [
+        one
+        for one in plan.layers
+        if one.name not in plan.doubled.union(without)
+        and one.layer.op_type == "Conv"
+        and attribute(one.layer.node, "group", 1) == 1
+    ]
+    trial = replace(plan, summed={one.name for one in able})
+    return [
+        one
+        for placed in trial.placements(without)
+        for one in able
+        if one.layer.graph is placed.graph and _is_wanted(placed, one.layer)
+    ]
+
+
+def _is_wanted(placed: Placement, layer: Layer) -> bool:
+    """Whether something reads what a Conv gives in float, if that costs no more than codes alone."""
+    graph, value = placed.graph, fused_output(placed.graph, layer.node)
+    if value not in placed.roots:
+        return True
+    takers = {id(node) for node, _ in placed.takers.get(value, ())}
+    in_float = graph.is_output(value) or any(id(node) not in takers for node in graph.consumers(value))
+    return in_float and windows_of(layer.node, layer.stored.shape) is not None
 
 
 def splittable(plan: Plan, without: Collection[str]) -> list[Split]:

@@ -12,7 +12,7 @@ from onnxslim_lab.graph import Graph
 from onnxslim_lab.layers import Layer
 from onnxslim_lab.macs import fed_sizes, model_macs
 from onnxslim_lab.quantization import weight_jobs
-from onnxslim_lab.quantization.float_layers import choose_float, float_sums
+from onnxslim_lab.quantization.float_layers import choose_float
 from onnxslim_lab.quantization.float_weights import (
     Stored,
     store_by_outputs,
@@ -31,6 +31,7 @@ from onnxslim_lab.quantization.planning import (
 )
 from onnxslim_lab.quantization.prepare import prepare
 from onnxslim_lab.quantization.qoperator import format_of, write_operators
+from onnxslim_lab.quantization.result_choice import float_sums
 from onnxslim_lab.quantization.scheme import Scheme
 from onnxslim_lab.quantization.static_layers import why_not_finite
 from onnxslim_lab.quantization.term_choice import choose_terms
@@ -145,6 +146,7 @@ def _stay_float(judge: Judge, step: Quantize, context: Context, outcome: Outcome
     if not step.float_macs:
         return [], 0.0
     enough = loss_at(step.float_until)
+    summed = len(plan.summed)
     choice = choose_float(judge, step.float_macs, context, ranges=step.ranges == "auto", enough=enough)
     for one in choice.restored:
         for name in one.names:
@@ -159,6 +161,11 @@ def _stay_float(judge: Judge, step: Quantize, context: Context, outcome: Outcome
     names = choice.names
     if plan.residuals:
         outcome.change(plan.model.name, f"{len(plan.residuals)} sums of residual connections stay float")
+    if len(plan.summed) > summed:
+        outcome.change(
+            plan.model.name,
+            f"{len(plan.summed) - summed} convolutions on codes give float results, as products of matrices",
+        )
     if names:
         share = choice.macs / max(plan.macs, 1)
         what = (
@@ -174,7 +181,7 @@ def _stay_float(judge: Judge, step: Quantize, context: Context, outcome: Outcome
         )
     if names and step.float_sums:
         _sum_in_float(judge, names, context, outcome)
-    if step.ranges == "auto" and plan.summed:
+    if step.ranges == "auto" and step.float_sums and plan.summed:
         outcome.change(plan.model.name, f"then {choose_ranges(judge, names)}")
     return names, choice.after
 
@@ -217,7 +224,7 @@ def _sum_in_float(judge: Judge, without: Sequence[str], context: Context, outcom
     if added:
         outcome.change(
             judge.plan.model.name,
-            f"{added} convolutions on codes give float results, by ConvInteger: the output error falls from "
+            f"{added} convolutions on codes give float results: the output error falls from "
             f"{decibels(before):.1f} to {decibels(after):.1f} dB",
         )
 

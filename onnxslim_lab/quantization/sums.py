@@ -10,16 +10,13 @@ unrolling), which is faster than ConvInteger and the float Conv.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 
 from onnx import NodeProto
 
 from onnxslim_lab.base import Outcome
-from onnxslim_lab.graph import Graph, attribute
-from onnxslim_lab.layers import Layer
+from onnxslim_lab.graph import Graph
 from onnxslim_lab.quantization.operator_layers import LayerWriter
-from onnxslim_lab.quantization.placement import fused_output, place
-from onnxslim_lab.targets.model import Operator
 
 
 def write_sums(graph: Graph, nodes: Iterable[tuple[str, NodeProto]], outcome: Outcome) -> None:
@@ -29,16 +26,3 @@ def write_sums(graph: Graph, nodes: Iterable[tuple[str, NodeProto]], outcome: Ou
         reason = writer.layer(node)
         if reason:
             outcome.refuse(name, f"no float sums: {reason}")
-
-
-def summable(graph: Graph, layers: Sequence[Layer], operators: Mapping[str, Operator]) -> list[Layer]:
-    """Return the Conv layers of one graph whose results nothing takes in codes when they stay float.
-
-    Args:
-        graph: The float graph; read only.
-        layers: All of its layers on codes.
-        operators: What the target runs in integers.
-    """
-    able = [layer for layer in layers if layer.op_type == "Conv" and attribute(layer.node, "group", 1) == 1]
-    placed = place(graph, layers, operators, summed=[id(layer.node) for layer in able])
-    return [layer for layer in able if fused_output(graph, layer.node) not in placed.roots]

@@ -1,4 +1,4 @@
-"""Convolutions along one axis as products of matrices: every window becomes a row.
+"""Convolutions along one axis, and of one tap along any number, as products of matrices: every window becomes a row.
 
     before  DequantizeLinear -> Conv (weight W in codes) -> float
     after   Transpose (-> Pad) -> Gather -> Reshape of the codes -> DequantizeLinear -> MatMul -> Transpose
@@ -7,7 +7,7 @@ The windows are looked up in the codes, channels last, so that onnxruntime multi
 gives float results (MatMulIntegerToFloat), for all of a batch, where ConvInteger takes one image after the other
 and packs its windows anew: of four sounds of 640 samples, 258 filters of 256 taps take it 197 microseconds, and this
 79 (1.31 on x86 with VNNI). Chellapilla, Puri and Simard, High Performance Convolutional Neural Networks for
-Document Processing, 2006, section 3.1.
+Document Processing, 2006, section 3.1. A convolution of one tap has nothing to look up: its places are the rows.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ from onnxslim_lab.layer_views.storage import set_by_caller
 from onnxslim_lab.quantization.operands import bias_values, read, zero_of
 from onnxslim_lab.rewriting.removal import release
 from onnxslim_lab.shapes import Dim
-
-_LAST = [0, 2, 1]  # channels last, and back
 
 
 @dataclass(frozen=True)
@@ -58,19 +56,23 @@ class Windows:
 
 
 def windows_of(node: NodeProto, shape: Sequence[int]) -> Windows | None:
-    """Return the windows of a Conv by the shape of its weight, None when it is not along one axis.
+    """Return the windows of a Conv by the shape of its weight, None when it is not one that can be a product.
 
     >>> from onnx import helper
     >>> windows_of(helper.make_node("Conv", ["x", "w"], ["y"], strides=[2], pads=[1, 0]), (8, 4, 3))
     Windows(size=3, stride=2, step=1, before=1, after=0)
     """
-    if len(shape) != 3 or attribute(node, "group", 1) != 1 or set_by_caller(node):
+    if attribute(node, "group", 1) != 1 or set_by_caller(node):
         return None
     if attribute(node, "auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
         return None
-    (stride,), (step,) = attribute(node, "strides", [1]), attribute(node, "dilations", [1])
-    before, after = attribute(node, "pads", [0, 0])
-    return Windows(int(shape[2]), stride, step, before, after)
+    axes = len(shape) - 2
+    strides, pads = attribute(node, "strides", [1] * axes), attribute(node, "pads", [0] * 2 * axes)
+    if axes == 1:
+        (step,) = attribute(node, "dilations", [1])
+        return Windows(int(shape[2]), strides[0], step, *pads)
+    every = {*map(int, shape[2:]), *strides} == {1} and not any(pads)
+    return Windows(1, 1, 1, 0, 0) if every else None
 
 
 @dataclass
@@ -110,21 +112,23 @@ class Unroller:
         if windows is None or scale.dtype != np.float32 or (bias and added is None):
             return None
         if key not in self._stored:
-            columns = np.ascontiguousarray(codes.transpose(2, 1, 0).reshape(-1, len(codes)))
+            columns = np.ascontiguousarray(codes.T.reshape(-1, len(codes)))
             self._stored[key] = self._store(columns), self._store(np.broadcast_to(scale, codes.shape[:1]))
         zero = [x.zero] if x and x.zero else []
-        value = self._rows(x.codes if x else node.input[0], zero, windows, codes.shape[1], key, shape)
+        value = self._rows(x.codes if x else node.input[0], zero, windows, codes, key, shape)
         if x:
             value = graph.emit("DequantizeLinear", [value, x.scale, *zero], name="dq").output[0]
         matrix = graph.emit("DequantizeLinear", [*self._stored[key]], name="dq", axis=1).output[0]
-        output, gone = node.output[0], list(node.input)
+        output, gone, axes = node.output[0], list(node.input), codes.ndim - 2
         graph.remove(node)
         product = graph.emit("MatMul", [value, matrix], name=node.name)
+        back = [0, axes + 1, *range(1, axes + 1)]
         if added is None:
-            graph.emit("Transpose", list(product.output), [output], name="t", perm=_LAST)
+            graph.emit("Transpose", list(product.output), [output], name="t", perm=back)
         else:  # onnxruntime would make a Gemm of a MatMul and an Add behind it, and decode the weight for it
-            value = graph.emit("Transpose", list(product.output), name="t", perm=_LAST).output[0]
-            graph.emit("Add", [value, self._store(added.reshape(-1, 1))], [output], name="a")
+            value = graph.emit("Transpose", list(product.output), name="t", perm=back).output[0]
+            vector = self._store(added.reshape(-1, *[1] * axes))
+            graph.emit("Add", [value, vector], [output], name="a")
         release(graph, gone)
         return product
 
@@ -133,13 +137,14 @@ class Unroller:
         source: str,
         zero: list[str],
         windows: Windows,
-        channels: int,
+        codes: Array,
         key: str,
         shape: Sequence[Dim] | None,
     ) -> str:
         """Emit the windows of (images, channels, places) as (images, windows, taps and channels)."""
-        graph = self.graph
-        value = graph.emit("Transpose", [source], name="t", perm=_LAST).output[0]
+        graph, channels = self.graph, codes.shape[1]
+        last = [0, *range(2, codes.ndim), 1]
+        value = graph.emit("Transpose", [source], name="t", perm=last).output[0]
         if windows.before or windows.after:
             pads = self._store(np.array([0, windows.before, 0, 0, windows.after, 0], np.int64))
             value = graph.emit("Pad", [value, pads, *zero], name="p").output[0]
