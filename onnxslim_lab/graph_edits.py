@@ -15,6 +15,11 @@ from onnxslim_lab.graph_values import GraphValues
 from onnxslim_lab.nodes import domain_of, is_op, rename_node
 from onnxslim_lab.weights import Array, from_array
 
+_DOCUMENTS = frozenset({"doc_string", "metadata_props"})
+_OPTIONAL = frozenset(
+    {"name", "domain", "overload"}
+)  # of a node; two bytes each when they are there and empty
+
 
 class GraphEdits(GraphValues):
     """Adds, removes and rewires nodes, constants and values."""
@@ -325,17 +330,23 @@ class GraphEdits(GraphValues):
         self._changed()
 
     def clear_documents(self) -> int:
-        """Remove the doc strings and metadata of nodes, constants and inner values; return how many there were."""
+        """Remove doc strings, metadata and empty fields of nodes, constants and inner values; return of how many."""
         parts: list[Any] = [*self._nodes.values(), *self._initializers.values(), *self._value_info.values()]
         if self.parent is not None:
             parts.append(self._proto)
-        found = [part for part in parts if part.doc_string or part.metadata_props]
-        for part in found:
-            part.ClearField("doc_string")
-            part.ClearField("metadata_props")
+        found = 0
+        for part in parts:
+            idle = [
+                kind.name
+                for kind, value in part.ListFields()
+                if kind.name in _DOCUMENTS or (kind.name in _OPTIONAL and not value)
+            ]
+            for name in idle:
+                part.ClearField(name)
+            found += bool(idle)
         if found:
             self._changed()
-        return len(found)
+        return found
 
     def undeclare(self, value: str) -> None:
         """Forget the type that this graph declares for an inner value."""
@@ -349,7 +360,10 @@ class GraphEdits(GraphValues):
 
     def name_node(self, node: NodeProto, name: str) -> None:
         """Give a node another name, "" for none."""
-        node.name = name
+        if name:
+            node.name = name
+        else:
+            node.ClearField("name")
         self._remember(name)
 
     def set_opset(self, domain: str, version: int) -> None:

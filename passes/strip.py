@@ -36,14 +36,16 @@ class Strip(Pass):
 
     >>> graph = Graph.parse('<ir_version: 8, opset_import: ["" : 17]> g (float[4] x) => (float[4] y)'
     ...                     '{ a_long_name = Relu (x) y = Exp (a_long_name) }')
-    >>> Strip(names=True).run(graph).changes[0].what
+    >>> Strip(documents=False, names=True).run(graph).changes[0].what
     'shortened 1 names'
     """
 
     exact: ClassVar[bool] = True
     level: ClassVar[Literal["graph", "model"]] = "model"
 
-    documents: bool = Field(True, description="remove doc strings and metadata of nodes and inner values")
+    documents: bool = Field(
+        True, description="remove doc strings, metadata and empty fields of nodes and inner values"
+    )
     types: bool = Field(True, description="remove declared types of inner values that can be inferred")
     attributes: bool = Field(True, description="remove attributes of nodes that have their default value")
     names: bool = Field(
@@ -55,7 +57,11 @@ class Strip(Pass):
         outcome = Outcome()
         where = graph.name or "model"
         for wanted, edit, what in (
-            (self.documents, _clear_documents, "removed doc strings and metadata of {} nodes and values"),
+            (
+                self.documents,
+                _clear_documents,
+                "removed doc strings, metadata and empty fields of {} nodes and values",
+            ),
             (self.types, _forget_types, "removed {} types that can be inferred"),
             (self.attributes, _drop_defaults, "removed {} attributes that have their default value"),
             (self.names, _shorten_names, "shortened {} names"),

@@ -78,6 +78,29 @@ def test_an_add_of_a_constant_after_matmul_is_the_bias():
     assert [node.op_type for node in graph.nodes] == ["Abs", "MatMul", "Add"]
 
 
+CONV = """g (float[8,2] x) => (float[8,2] y)
+    <float[2,2%s] w = {%s}, float[2%s] b = {1, 2}, int64[1] last = {2}>
+    { p = Abs(x) u = Unsqueeze(p, last) %s y = Squeeze(c, last) }"""
+
+
+def test_the_bias_of_a_convolution_written_as_a_product_is_behind_its_transpose():
+    before = CONV % (",1", "1,2,3,4", "", "c = Conv(u, w, b)")
+    product = (
+        "t = Transpose<perm = [0,2,1]>(u) m = MatMul(t, w) v = Transpose<perm = [0,2,1]>(m) c = Add(v, b)"
+    )
+    graph, outcome, worse, after = correct(before, CONV % ("", "1,3,2,3", ",1", product))
+    assert after < worse / 3
+    assert [node.op_type for node in graph.nodes if "Squeeze" not in node.op_type][1:] == [
+        "Unsqueeze",
+        "Transpose",
+        "MatMul",
+        "Transpose",
+        "Add",
+    ]
+    assert graph.constant("b").shape == (2, 1)
+    assert len(outcome.changes) == 1
+
+
 QDQ = """g (float[8,2] x) => (float[8,2] y)
     <int8[2,2] w = {1,2,3,3}, float s = {1}, float sx = {0.02}, uint8 zx = {0} %s>
     { p = Abs(x) q = QuantizeLinear(p, sx, zx) d = DequantizeLinear(q, sx, zx)

@@ -117,19 +117,42 @@ def _slot(graph: Graph, node: NodeProto) -> BiasSlot | str:
     return BiasSlot(graph, node, value, 1, "new float", node, 2)
 
 
-def _after_product(graph: Graph, node: NodeProto, axis: int) -> BiasSlot | str:
+def _after_product(graph: Graph, node: NodeProto, axis: int) -> BiasSlot:
     """Return the slot in the Add of a constant after a product, or a new one before its readers."""
     value = node.output[0]
-    readers = graph.consumers(value)
-    if len(readers) == 1 and not graph.is_output(value) and is_op(readers[0], "Add"):
-        add = readers[0]
-        slots = [slot for slot, name in enumerate(add.input) if name != value]
-        if len(slots) == 1:
-            kind = _kind(graph, add.input[slots[0]])
-            same = graph.shape_of(add.output[0])
-            if kind and same is not None and len(same) == axis + 1:
-                return BiasSlot(graph, node, add.output[0], axis, kind, add, slots[0])
+    for turn in graph.consumers(value):
+        add = _added(graph, turn.output[0]) if _moves_channels(turn, axis) else None
+        if add and graph.use_count(value) == 1 and _is_by_channel(graph, add[0].input[add[1]], value):
+            return BiasSlot(graph, node, add[0].output[0], 1, "float", *add)
+    add = _added(graph, value)
+    kind = _kind(graph, add[0].input[add[1]]) if add else None
+    same = graph.shape_of(add[0].output[0]) if add else None
+    if add and kind and same is not None and len(same) == axis + 1:
+        return BiasSlot(graph, node, add[0].output[0], axis, kind, *add)
     return BiasSlot(graph, node, value, axis, "new float", node, 0)
+
+
+def _moves_channels(node: NodeProto, axis: int) -> bool:
+    """Whether a node is a Transpose that moves the last of its axes to the second place, and nothing else."""
+    return is_op(node, "Transpose") and list(attribute(node, "perm", [])) == [0, axis, *range(1, axis)]
+
+
+def _is_by_channel(graph: Graph, constant: str, product: str) -> bool:
+    """Whether a float constant has a value for each column of a product, along its second axis."""
+    known, shape = graph.constant_type(constant), graph.shape_of(product)
+    if known is None or known[0] not in FLOATS or shape is None:
+        return False
+    wanted = (1, shape[-1], *[1] * (len(shape) - 2))
+    return (1,) * (len(shape) - len(known[1])) + tuple(known[1]) == wanted
+
+
+def _added(graph: Graph, value: str) -> tuple[NodeProto, int] | None:
+    """Return the Add that alone reads a value, and which of its inputs is the other one."""
+    readers = graph.consumers(value)
+    if len(readers) != 1 or graph.is_output(value) or not is_op(readers[0], "Add"):
+        return None
+    slots = [slot for slot, name in enumerate(readers[0].input) if name != value]
+    return (readers[0], slots[0]) if len(slots) == 1 else None
 
 
 def _static(graph: Graph, value: str) -> bool:
@@ -187,7 +210,8 @@ def add_to_bias(found: BiasSlot, delta: Array) -> str:
         if found.kind == "float":
             values = graph.constant(name)
             assert values is not None
-            return _store(graph, found.holder, found.slot, values.astype(np.float64) + delta, values.dtype)
+            alike = delta.reshape(values.shape) if values.size == delta.size else delta
+            return _store(graph, found.holder, found.slot, values.astype(np.float64) + alike, values.dtype)
         maker = graph.producer(name)
         assert maker is not None
         codes, scale = graph.constant(maker.input[0]), constant_product(graph, maker.input[1])
