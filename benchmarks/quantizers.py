@@ -25,7 +25,6 @@ from typing import Any
 
 OURS = "onnxslim_lab"
 TIMEOUT = 1800.0
-JUDGED = 32  # feeds of the calibration data that choose between ways of ours
 LEARNED = frozenset({"efficientnet_lite0"})  # learned rounding takes twice the time, and gains 0.2 dB here
 ENOUGH = 30  # dB of output error, for layers to be left in float; more where a target or a peer has less:
 SILERO = frozenset(
@@ -93,14 +92,14 @@ def _ours(options: str) -> Job:
     ways = ("simplify", "equalize"), ("simplify",)
 
     def run(source: str, feeds: list[Feed], target: str) -> dict[str, Any]:
-        some, tried = feeds[:JUDGED], []
+        tried = []
         name = Path(source).stem
         rounding = ",rounding=adaround" if name in LEARNED else ""
         until = MORE.get(name, ENOUGH)
         terms = ",terms=2" if name in TERMS else ""
         wanted = f"{options},float_until={until}{rounding}{terms}"
         with lab.Runner(threads=1, memory=MEMORY) as runner:
-            reference = runner.run(lab.Graph.load(source), some)
+            reference = runner.run(lab.Graph.load(source), feeds)
             for number, first in enumerate(ways):
                 result = lab.optimize(
                     source,
@@ -113,7 +112,7 @@ def _ours(options: str) -> Job:
                     allow_growth=True,
                     cache=False,
                 )
-                loss = judging.output_loss(reference, runner.run(lab.Graph.load(f"{target}.{number}"), some))
+                loss = judging.output_loss(reference, runner.run(lab.Graph.load(f"{target}.{number}"), feeds))
                 quantized = next(step for step in result.report.steps if step.name == "quantize")
                 told = [change.detail for change in quantized.changes]
                 left, twice = (

@@ -8,9 +8,10 @@
     python benchmarks/factorize.py --json factorize.json
     python benchmarks/channels.py --json channels.json
     python benchmarks/quantization.py --peers PYTHON --json quantization.json
+    python benchmarks/weight_only.py --peer-python PYTHON --json weight_only.json
     python benchmarks/readme.py [--simplify simplify.json] [--storage storage.json ...] [--runtime runtime.json]
         [--oneshot oneshot.json] [--sparsity sparsity.json] [--factorize factorize.json] [--channels channels.json]
-        [--quantization quantization.json]
+        [--quantization quantization.json] [--weight_only weight_only.json]
 
 Each table stands between two comments, `<!-- table: NAME -->` and `<!-- end -->`; tables whose figures are
 not given stay as they are.
@@ -31,6 +32,7 @@ from peers import OURS
 from quantization_metrics import METRICS
 from simplify import geometric_mean
 from sparsity import Row, best_errors
+from weight_only import LEARNED, PLAIN
 
 from onnxslim_lab import describe
 from onnxslim_lab.passes import PASSES
@@ -219,6 +221,31 @@ def quantization_table(document: dict[str, list[dict[str, Any]]]) -> str:
     )
 
 
+def weight_only_table(rows: list[dict[str, Any]]) -> str:
+    """Return the output error of 4-bit weights relative to that of nearest rounding, and of the best other mode."""
+    lines = [
+        "| model | operators | 32 | 32 symmetric | 128 | 128 symmetric | others | file |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for model, operators in dict.fromkeys((row["model"], row["operators"]) for row in rows):
+        mine = [row for row in rows if (row["model"], row["operators"]) == (model, operators)]
+        cells, others, sizes = [], [], []
+        for block, symmetric in ((32, False), (32, True), (128, False), (128, True)):
+            errors = {
+                row["tool"]: row["error"]
+                for row in mine
+                if (row["block"], row["symmetric"], row["problem"]) == (block, symmetric, "")
+            }
+            plain = errors.pop("rtn", errors.pop(PLAIN, math.nan))
+            cells.append(f"{errors[LEARNED] / plain:.2f}")
+            others += [error / plain for tool, error in errors.items() if not tool.startswith("ours")]
+            sizes += [row["size"] for row in mine if row["tool"] == LEARNED and row["block"] == block]
+        span = f"{min(others):.2f} to {max(others):.2f}" if others else ""
+        cells += [span, f"{min(sizes):.2f} to {max(sizes):.2f}"]
+        lines.append(f"| {model} | {operators.replace(';', ', ') or 'all'} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _milliseconds(result: dict[str, Any] | None) -> str:
     return "" if result is None else "fails" if result["error"] else f"{1e3 * result['seconds']:,.1f}"
 
@@ -237,6 +264,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "factorize": factorize_table,
     "channels": channels_table,
     "quantization": quantization_table,
+    "weight_only": weight_only_table,
 }
 
 

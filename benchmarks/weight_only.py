@@ -36,6 +36,7 @@ MODELS = {  # operators to quantize, each a comparison of its own; the last one 
     "efficientnet_lite0": ("Conv", ""),
 }
 MODES = ("rtn", "k_quant", "gptq", "hqq")
+LEARNED = "ours gptq"
 PLAIN = "plain rtn"
 MOST = 0.7  # of RTN's error
 EVALUATED = 64  # of 24, the ratio of two errors is off by 0.02 and more
@@ -229,7 +230,7 @@ def rows_of(name: str, blocks: list[int]) -> list[Row]:
     for operators in MODELS.get(name, ("",)):
         for block in blocks:
             for symmetric in (False, True):
-                tools = ["ours nearest", "ours gptq"]
+                tools = ["ours nearest", LEARNED]
                 if operators in ("MatMul", "MatMul;Gather", "Gather"):
                     modes = MODES if operators == "MatMul" else MODES[:1]
                     tools += [mode for mode in modes if mode in ("rtn", "gptq") or not symmetric]
@@ -243,7 +244,7 @@ def missed(rows: list[Row]) -> list[str]:
     """Return one line for every GPTQ row of ours that does not beat the peers in its comparison."""
     lines = []
     for row in rows:
-        if row.tool != "ours gptq":
+        if row.tool != LEARNED:
             continue
         place = f"{row.model} {row.operators} block {row.block}{' symmetric' if row.symmetric else ''}"
         if row.problem:

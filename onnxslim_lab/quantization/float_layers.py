@@ -25,7 +25,7 @@ _WORTH_BYTES = 0.5  # times the loss, for weights of 16 bits in layers that stay
 
 
 def choose_float(
-    judge: Judge, share: float, context: Context, *, ranges: bool, enough: float = 0.0
+    judge: Judge, share: float, context: Context, *, ranges: bool, results: bool = True, enough: float = 0.0
 ) -> Choice:
     """Return the layers to leave float; sums and results of layers that are worth it stay so in the plan.
 
@@ -38,6 +38,7 @@ def choose_float(
         share: Largest share of the multiply-accumulates to leave float.
         context: Its progress is told.
         ranges: Whether the outputs choose the ranges.
+        results: Whether convolutions on codes may give float results.
         enough: The loss that is as good as none.
     """
     plan = judge.plan
@@ -58,7 +59,8 @@ def choose_float(
         return best
     price = Price(cost, budget, enough, _WORTH_BESIDE)
     best = float_residuals(judge, best, price, context)
-    best = float_results(judge, best, price, context)
+    if results:
+        best = float_results(judge, best, price, context)
     return more_layers(judge, best, price, context) if best.restored else best
 
 

@@ -7,7 +7,7 @@ training of neural networks for efficient integer-arithmetic-only inference", fo
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -53,6 +53,21 @@ class Grid:
     def symmetric(self) -> bool:
         """Whether every zero point is the middle of the codes."""
         return bool(np.all(self.zero_point.astype(np.int64) == middle(self.kind)))
+
+
+def merged(grid: Grid) -> Grid:
+    """Return a grid with one scale for all where every channel has the same.
+
+    >>> from onnxslim_lab.quantization.types import QUANT_TYPES
+    >>> merged(Grid(QUANT_TYPES["int8"], np.float32([2, 2]), np.int8([0, 0]), 0)).scale
+    array(2., dtype=float32)
+    """
+    ends = [values.reshape(-1)[:1] for values in (grid.scale, grid.zero_point)]
+    if grid.axis is None or grid.block or not ends[0].size:
+        return grid
+    if (grid.scale != ends[0]).any() or (grid.zero_point != ends[1]).any():
+        return grid
+    return replace(grid, scale=ends[0].reshape(()), zero_point=ends[1].reshape(()), axis=None)
 
 
 def middle(kind: QuantType) -> int:

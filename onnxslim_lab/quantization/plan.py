@@ -14,7 +14,7 @@ from onnxslim_lab.errors import ParameterError, quote, suggest
 from onnxslim_lab.graph import Graph
 from onnxslim_lab.layers import Layer, find_layers
 from onnxslim_lab.quantization.gates import gate_grids
-from onnxslim_lab.quantization.numerics import Grid, grid_of, quantize, weight_grid
+from onnxslim_lab.quantization.numerics import Grid, grid_of, merged, quantize, weight_grid
 from onnxslim_lab.quantization.placement import Placement, place
 from onnxslim_lab.quantization.ranges import Method, Range, allow_for_unseen, choose_range
 from onnxslim_lab.quantization.scheme import Scheme
@@ -336,6 +336,7 @@ class Plan:
         outcome: Outcome,
     ) -> None:
         codes, grid = self.weight(planned, layer)
+        grid = merged(grid)
         owner = layer.weight_graph
         key = (id(owner), layer.weight, grid.axis, grid.scale.tobytes(), codes.shape)
         before = layer.parameters * (2 if layer.stored.data_type == 10 else 4)

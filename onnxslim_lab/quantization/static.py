@@ -147,7 +147,14 @@ def _stay_float(judge: Judge, step: Quantize, context: Context, outcome: Outcome
         return [], 0.0
     enough = loss_at(step.float_until)
     summed = len(plan.summed)
-    choice = choose_float(judge, step.float_macs, context, ranges=step.ranges == "auto", enough=enough)
+    choice = choose_float(
+        judge,
+        step.float_macs,
+        context,
+        ranges=step.ranges == "auto",
+        results=step.terms == 1,  # else chosen with the two terms, which gain more with than after them
+        enough=enough,
+    )
     for one in choice.restored:
         for name in one.names:
             share = one.macs / max(plan.macs, 1)

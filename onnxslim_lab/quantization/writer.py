@@ -219,16 +219,20 @@ class GraphWriter:
         size = layer.groups * layer.shape[1] if layer.op_type == "Conv" else layer.shape[1]
         vector = np.broadcast_to(values.reshape(-1).astype(np.float64), (size,))
         vector = vector if shift is None else vector + shift
-        scale = np.broadcast_to(bias_scale(self.grid(layer.node.input[0]), grid), (size,))
+        single = bias_scale(self.grid(layer.node.input[0]), grid)
+        scale = np.broadcast_to(single, (size,))
         codes = quantize(vector, Grid(_BIAS, scale, np.zeros(size, np.int32), 0))
         stored = self.graph.fresh_name("b")
+        axis: dict[str, Any] = {"axis": 0}
         self.graph.set_constant(stored, codes)
         if folded and grid.scale.shape == (size,) and size >= _WORTH:
             factors = [folded, self.store(self.grid(layer.node.input[0]).scale)]
             inputs = [stored, self.graph.emit("Mul", factors, name="m").output[0]]
+        elif not single.ndim:
+            inputs, axis = [stored, self.store(single)], {}
         else:
             inputs = [stored, self.store(np.ascontiguousarray(scale))]
-        made = self.graph.emit("DequantizeLinear", inputs, name="dq", axis=0).output[0]
+        made = self.graph.emit("DequantizeLinear", inputs, name="dq", **axis).output[0]
         self.graph.set_input(node, index, made)
         release(self.graph, [name])
 
