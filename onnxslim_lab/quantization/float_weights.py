@@ -28,6 +28,7 @@ _SPARE = 0.01  # of all parameters: those that take 16 bits unasked
 _FAINT = 1e-4  # a loss that is not noticed in any case: 40 dB
 _WIDER = "int16"
 _BLOCK = 32
+_BLOCKS = (_BLOCK, 16)  # that are tried for recurrent weights
 _MOST = 12  # weights for which more scales are tried
 
 Stored = tuple[Place, str]
@@ -97,8 +98,8 @@ def store_by_outputs(
 ) -> None:
     """Store weights in codes with a scale for each channel, or each block where that helps the outputs.
 
-    Only the largest of recurrent layers are tried, one at a time: scales of blocks make the file larger, and what
-    these layers get wrong they read again at every step.
+    Only the largest of recurrent layers are tried, one at a time, smaller blocks where larger ones helped: scales of
+    blocks make the file larger, and what these layers get wrong they read again at every step.
 
     Args:
         model: The quantized model but for these weights, edited.
@@ -111,23 +112,28 @@ def store_by_outputs(
     """
     store = partial(store_weights, step=step, scheme=scheme, context=context)
 
-    def loss(blocks: set[Stored]) -> float:
-        trial = model.copy()
-        for part, block in ((weights - blocks, 0), (blocks, _BLOCK)):
-            store(trial, part, outcome=Outcome(), block=block)
-        return judge.loss_of(trial)
+    def put(graph: Graph, blocks: dict[Stored, int], outcome: Outcome) -> Graph:
+        for block in (0, *_BLOCKS):
+            part = {one for one in weights if blocks.get(one, 0) == block}
+            if part:
+                store(graph, part, outcome=outcome, block=block)
+        return graph
+
+    def loss(blocks: dict[Stored, int]) -> float:
+        return judge.loss_of(put(model.copy(), blocks, Outcome()))
 
     layers = [layer for target in _targets(model, weights) for layer in target.layers]
     recurrent = stored(layer for layer in layers if isinstance(layer.kind, RecurrentKind))
-    fine: set[Stored] = set()
+    fine: dict[Stored, int] = {}
     least = loss(fine) if recurrent else 0.0
     if recurrent and least > judge.loss_of(model) * _NOTICEABLE:
         for one in list(_by_size(model, recurrent))[: -_MOST - 1 : -1]:
-            found = loss(fine | {one})
-            if found * _NOTICEABLE < least:
-                fine, least = fine | {one}, found
-    store(model, weights - fine, outcome=outcome)
-    store(model, fine, outcome=outcome, block=_BLOCK)
+            for block in _BLOCKS:
+                found = loss(fine | {one: block})
+                if found * _NOTICEABLE >= least:
+                    break
+                fine, least = fine | {one: block}, found
+    put(model, fine, outcome)
 
 
 def round_in_float(model: Graph, names: Collection[str], plan: Plan) -> None:
