@@ -16,9 +16,7 @@ from onnxslim_lab.nodes import domain_of, is_op, rename_node
 from onnxslim_lab.weights import Array, from_array
 
 _DOCUMENTS = frozenset({"doc_string", "metadata_props"})
-_OPTIONAL = frozenset(
-    {"name", "domain", "overload"}
-)  # of a node; two bytes each when they are there and empty
+_OPTIONAL = frozenset({"name", "domain", "overload"})  # of nodes: two bytes where they are there and empty
 
 
 class GraphEdits(GraphValues):

@@ -375,3 +375,16 @@ def test_the_loss_of_distributions_sees_improbable_classes():
     squares = [{name: value * 2 for name, value in one[0].items()} for one in (want, near, far)]
     assert output_loss(want, far) > 50 * output_loss(want, near)
     assert output_loss(squares[:1], squares[2:]) < 1e-3 < output_loss(want, far)
+
+
+@pytest.mark.parametrize("form", ["qdq", "qoperator", "microsoft"])
+def test_channels_of_equal_scales_share_one(form):
+    body = "a = Conv(x, w, b) r = Relu(a) f = Flatten(r) y = Gemm(f, v, c)"
+    graph = model_of(body, {"w": (8, 4, 1, 1), "b": (8,), "v": (512, 5), "c": (5,)})
+    for name in "wbvc":
+        graph.set_constant(name, np.full_like(graph.constant(name), 0.02))
+    feeds = feeds_of()
+    result, _ = quantized(graph, feeds, format=form, rounding="nearest")
+    scales = [array for array in map(result.constant, result.initializers) if array.dtype == np.float32]
+    assert {array.size for array in scales} <= {1} or form != "qdq"
+    assert sqnr(graph, result, feeds) > 35

@@ -114,6 +114,16 @@ def test_results_are_float_where_their_time_is_worth_it(free):
     assert (choice.after < before, bool(judge.plan.summed)) == (free, free)
 
 
+@pytest.mark.parametrize("options", [{"symmetric": False}, {"weights": "uint8"}, {"weights": "int16"}])
+def test_results_of_weights_that_no_product_takes_are_rounded(options):
+    context = context_of(feeds_of())
+    step = Quantize(target="onnxruntime-x86-vnni", rounding="nearest", ranges="minmax", **options)
+    judge = plan_static(stage(), step, scheme_of(step), context, Outcome()).judge
+    before = judge.loss()
+    float_results(judge, Choice((), before, before), Free(), context)
+    assert not judge.plan.summed
+
+
 @pytest.mark.parametrize("free", [True, False])
 def test_they_are_chosen_where_their_time_is_worth_it(free):
     feeds = feeds_of(count=8)

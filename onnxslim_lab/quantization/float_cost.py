@@ -30,6 +30,9 @@ class FloatCost:
     Args:
         plan: The plan as it is with nothing float; its ranges and weights do not matter. Values whose size it
             does not know cost the call of their conversion alone.
+
+    Attributes:
+        plan: The plan; what sums and results it has in float is read anew each time.
     """
 
     def __init__(self, plan: Plan) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
+from onnx import TensorProto
+
 from onnxslim_lab.graph import attribute
 from onnxslim_lab.layers import Layer
 from onnxslim_lab.quantization.placement import Placement, fused_output
@@ -48,18 +50,25 @@ def summable_layers(plan: Plan, without: Collection[str]) -> list[StaticLayer]:
         one
         for placed in trial.placements(without)
         for one in able
-        if one.layer.graph is placed.graph and _is_wanted(placed, one.layer)
+        if one.layer.graph is placed.graph and _is_wanted(plan, placed, one.layer)
     ]
 
 
-def _is_wanted(placed: Placement, layer: Layer) -> bool:
-    """Whether something reads what a Conv gives in float, if that costs no more than codes alone."""
+def is_product(plan: Plan, layer: Layer) -> bool:
+    """Whether a Conv is written as MatMul when its result stays float (see unrolling)."""
+    coded = plan.scheme.weights.name == "int8" and plan.scheme.symmetric_weights
+    half = layer.stored.used_type == TensorProto.FLOAT16
+    return coded and not half and windows_of(layer.node, layer.stored.shape) is not None
+
+
+def _is_wanted(plan: Plan, placed: Placement, layer: Layer) -> bool:
+    """Whether something reads in float what a Conv gives; if something else takes codes, only of a MatMul."""
     graph, value = placed.graph, fused_output(placed.graph, layer.node)
     if value not in placed.roots:
         return True
     takers = {id(node) for node, _ in placed.takers.get(value, ())}
     in_float = graph.is_output(value) or any(id(node) not in takers for node in graph.consumers(value))
-    return in_float and windows_of(layer.node, layer.stored.shape) is not None
+    return in_float and is_product(plan, layer)
 
 
 def splittable(plan: Plan, without: Collection[str]) -> list[Split]:

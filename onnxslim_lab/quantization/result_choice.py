@@ -7,12 +7,11 @@ from dataclasses import replace
 
 from onnxslim_lab.base import Context
 from onnxslim_lab.quantization.float_choice import Choice, Price, groups_of
-from onnxslim_lab.quantization.float_results import summable_layers
+from onnxslim_lab.quantization.float_results import is_product, summable_layers
 from onnxslim_lab.quantization.float_weights import loss_without
 from onnxslim_lab.quantization.output_loss import Judge
 from onnxslim_lab.quantization.plan import Plan
 from onnxslim_lab.quantization.static_layers import StaticLayer
-from onnxslim_lab.quantization.unrolling import windows_of
 
 _WORTH_SUMS = 0.9  # times the loss, for float sums of any kind: some take long, and their time is not known
 _MOST = 12  # sets of layers that are tried
@@ -59,7 +58,7 @@ def float_results(judge: Judge, choice: Choice, price: Price, context: Context) 
     layers = [
         one
         for one in summable_layers(plan, choice.names)
-        if one.macs is not None and windows_of(one.layer.node, one.layer.stored.shape)
+        if one.macs is not None and is_product(plan, one.layer)
     ]
     _let_sum(plan, layers, lambda: price.of(after(), choice.names), 1.0, context)
     return choice if plan.summed == already else replace(choice, after=after())
