@@ -39,6 +39,8 @@ def test_docstring_says_before_after_and_refusals(kind):
 @each
 def test_nothing_to_do_changes_no_byte(kind):
     model = onnx.parser.parse_model(NOTHING_TO_DO)
+    for node in model.graph.node:
+        node.ClearField("domain")  # the parser writes it where it is empty, which is something to strip
     graph = Graph.load(model)
     before = graph.to_model().SerializeToString()
     outcome = kind().run(graph, Context())
