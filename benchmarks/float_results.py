@@ -86,7 +86,7 @@ def extra_time(model: onnx.ModelProto, runner: Runner, runs: int, folder: Path) 
     shape = [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
     rng = np.random.default_rng(1)
     feeds: list[dict[str, Value]] = [{"x": rng.standard_normal(shape).astype(np.float32)} for _ in range(2)]
-    step = Quantize(rounding="nearest", ranges="minmax")
+    step = Quantize(target="onnxruntime-x86-vnni", rounding="nearest", ranges="minmax")
     context = Context(calibration=Calibration(runner, Dataset(feeds, None, "random", random=True)))
     planned = plan_static(Graph.load(source), step, scheme_of(step), context, Outcome())
     assert planned is not None
