@@ -101,13 +101,17 @@ def chain(
     return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
 
 
-def extra_time(model: onnx.ModelProto, name: str, runs: int, folder: Path) -> float:
-    """Return the median of the seconds that a chain takes longer when one layer stays float."""
-    source = folder / "chain.onnx"
-    onnx.save(model, source)
+def feeds_of(model: onnx.ModelProto) -> list[dict[str, Value]]:
+    """Return two feeds of a model that `chain` made."""
     shape = [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
     rng = np.random.default_rng(1)
-    feeds: list[dict[str, Value]] = [{"x": rng.standard_normal(shape).astype(np.float32)} for _ in range(2)]
+    return [{"x": rng.standard_normal(shape).astype(np.float32)} for _ in range(2)]
+
+
+def extra_time(model: onnx.ModelProto, name: str, runs: int, folder: Path) -> float:
+    """Return the median of the seconds that a chain takes longer when one layer stays float."""
+    source, feeds = folder / "chain.onnx", feeds_of(model)
+    onnx.save(model, source)
     sessions = []
     for number, options in enumerate(("ranges=minmax", f"ranges=minmax,exclude={name}")):
         target = folder / f"{number}.onnx"

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from float_islands import chain, difference, fit
+from float_islands import chain, difference, feeds_of, fit
 from quantization_metrics import session
 
 from onnxslim_lab import Runner
@@ -29,11 +29,9 @@ from onnxslim_lab.data import Dataset
 from onnxslim_lab.graph import Graph
 from onnxslim_lab.passes.quantize import Quantize
 from onnxslim_lab.quantization.planning import scheme_of
-from onnxslim_lab.quantization.residuals import residual_chains
+from onnxslim_lab.quantization.residuals import residual_sums
 from onnxslim_lab.quantization.static import plan_static
 from onnxslim_lab.statistics import Calibration
-from onnxslim_lab.statistics.collected import node_place
-from onnxslim_lab.worker.messages import Value
 
 BLOCKS = [  # channels, channels inside, size
     (16, 96, 112),
@@ -81,22 +79,13 @@ def blocks(channels: int, inside: int, size: int) -> onnx.ModelProto:
 
 def extra_time(model: onnx.ModelProto, runner: Runner, runs: int, folder: Path) -> float:
     """Return the seconds that one convolution takes longer when its result stays float."""
-    source = folder / "blocks.onnx"
-    onnx.save(model, source)
-    shape = [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
-    rng = np.random.default_rng(1)
-    feeds: list[dict[str, Value]] = [{"x": rng.standard_normal(shape).astype(np.float32)} for _ in range(2)]
+    feeds = feeds_of(model)
     step = Quantize(target="onnxruntime-x86-vnni", rounding="nearest", ranges="minmax")
     context = Context(calibration=Calibration(runner, Dataset(feeds, None, "random", random=True)))
-    planned = plan_static(Graph.load(source), step, scheme_of(step), context, Outcome())
+    planned = plan_static(Graph.load(model), step, scheme_of(step), context, Outcome())
     assert planned is not None
     plan = planned.plan
-    plan.residuals = {
-        node_place(placed.graph, node)
-        for placed in plan.placements()
-        for found in residual_chains(placed)
-        for node in found
-    }
+    plan.residuals = set().union(*residual_sums(plan))
     sessions = []
     for number, summed in enumerate((set[str](), {f"project{number}" for number in range(DEPTH)})):
         plan.summed, target = summed, folder / f"{number}.onnx"

@@ -121,10 +121,15 @@ METRICS: dict[str, tuple[str, Metric, float]] = {  # name: what, how, the target
 }
 
 
+def is_difference(name: str) -> bool:
+    """Whether a model has a metric of which less is better."""
+    return name in METRICS and "difference" in METRICS[name][0]
+
+
 def meets(name: str, value: float) -> bool:
     """Whether a model's metric is within its target: differences from above, the others from below."""
-    what, _, target = METRICS[name]
-    return value <= target if "difference" in what else value >= target
+    target = METRICS[name][2]
+    return value <= target if is_difference(name) else value >= target
 
 
 def session(path: str) -> onnxruntime.InferenceSession:

@@ -96,7 +96,7 @@ def _ours(options: str) -> Job:
     lab = importlib.import_module("onnxslim_lab")
     data = importlib.import_module("onnxslim_lab.data")
     judging = importlib.import_module("onnxslim_lab.quantization.output_loss")
-    metrics = importlib.import_module("quantization_metrics").METRICS
+    metrics = importlib.import_module("quantization_metrics")
     ways = ("simplify", "equalize"), ("simplify",)
 
     def run(source: str, feeds: list[Feed], target: str) -> dict[str, Any]:
@@ -127,11 +127,12 @@ def _ours(options: str) -> Job:
                 left, twice = (
                     sum(one.get(f"{part}_macs", 0.0) for one in told) for part in ("float", "terms")
                 )
-                near = max(loss, judging.loss_at(until))
-                what, measure, wanted_metric = metrics.get(name, ("", None, 0.0))
-                if "difference" in what:
+                if metrics.is_difference(name):
+                    _, measure, target_metric = metrics.METRICS[name]
                     both = ([list(one.values()) for one in outputs] for outputs in (reference, found))
-                    near = max(measure(*both), RESERVE * wanted_metric)
+                    near = max(measure(*both), RESERVE * target_metric)
+                else:
+                    near = max(loss, judging.loss_at(until))
                 tried.append((near, left + twice, loss, left, number, result.report))
         _, _, loss, left_float, number, report = min(tried, key=lambda one: one[:3])
         for *_, other, _ in tried:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from peers import OURS
-from quantization_metrics import METRICS
+from quantization_metrics import METRICS, is_difference
 from simplify import geometric_mean
 from sparsity import Row, best_errors
 from weight_only import LEARNED, PLAIN
@@ -206,10 +206,9 @@ def quantization_table(document: dict[str, list[dict[str, Any]]]) -> str:
             continue
         metric = best_metric = ""
         if name in METRICS:
-            least = "difference" in METRICS[name][0]
             metric = f"{METRICS[name][0]} {ours['metric']:.3f}"
             found = [one["metric"] for one in peers]
-            best_metric = f"{(min if least else max)(found):.3f}" if found else ""
+            best_metric = f"{(min if is_difference(name) else max)(found):.3f}" if found else ""
         fastest = min((one["latency"] for one in peers), default=math.nan)
         cells = [f"{ours['sqnr']:.1f}", f"{best:.1f}", metric, best_metric]
         cells += [f"{ours[key]:.2f}" for key in ("bytes", "latency")] + [f"{fastest:.2f}"]

@@ -11,11 +11,14 @@ from onnxslim_lab.quantization.static import plan_static, scheme_of
 CALL, ELEMENT, WEIGHT, RESULT, FASTER = 200_000, 60, 8, 80, 0.12
 
 
-def cost_of(body, sizes, shape, outputs="float[N,4,8,8] y"):
+def planned(body, sizes, shape, outputs="float[N,4,8,8] y"):
     graph = model_of(body, sizes, outputs=outputs, inputs=f"float[{','.join(map(str, shape))}] x")
     step = Quantize(target="onnxruntime-x86-vnni", ranges="minmax", rounding="nearest")
-    planned = plan_static(graph, step, scheme_of(step), context_of(feeds_of((2, *shape[1:]))), Outcome())
-    return FloatCost(planned.plan)
+    return plan_static(graph, step, scheme_of(step), context_of(feeds_of((2, *shape[1:]))), Outcome()).plan
+
+
+def cost_of(*model, **options):
+    return FloatCost(planned(*model, **options))
 
 
 def conversions(*elements):
@@ -55,8 +58,9 @@ def test_a_value_that_float_operators_read_anyway_costs_nothing_more():
 
 def test_a_float_result_costs_by_its_size_and_saves_by_its_products():
     body = "a = Conv(x, w) t = Tanh(a) y = Conv(t, v)"
-    cost = cost_of(body, {"w": (16, 4, 1, 1), "v": (4, 16, 1, 1)}, ("N", 4, 8, 8))
-    (layer,) = [one.name for one in cost.plan.layers if one.layer.node.output[0] == "a"]
-    cost.plan.summed = {layer}
+    plan = planned(body, {"w": (16, 4, 1, 1), "v": (4, 16, 1, 1)}, ("N", 4, 8, 8))
+    cost = FloatCost(plan)
+    (layer,) = [one.name for one in plan.layers if one.layer.node.output[0] == "a"]
+    plan.summed = {layer}
     assert cost.of([]) == pytest.approx(RESULT * 16 * CELLS - FASTER * 4 * 16 * CELLS)
     assert cost.of([layer]) == CELLS * 4 * 16 + WEIGHT * 4 * 16 - conversions(4 * CELLS, 16 * CELLS)

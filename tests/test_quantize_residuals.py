@@ -9,7 +9,7 @@ from onnxslim_lab.base import Outcome
 from onnxslim_lab.passes.quantize import Quantize
 from onnxslim_lab.quantization.float_choice import Choice
 from onnxslim_lab.quantization.float_results import summable_layers
-from onnxslim_lab.quantization.residuals import float_residuals, residual_chains
+from onnxslim_lab.quantization.residuals import float_residuals, residual_chains, residual_sums
 from onnxslim_lab.quantization.result_choice import float_results
 from onnxslim_lab.quantization.static import plan_static, scheme_of
 
@@ -50,8 +50,9 @@ def test_float_sums_round_each_part_once(summed):
     graph, feeds = stage(), feeds_of(count=3)
     model = graph.copy()
     plan = planned(model, feeds)
-    (placed,) = plan.placements()
-    plan.residuals = {((), node.output[0]) for chain in residual_chains(placed) for node in chain}
+    (sums,) = residual_sums(plan)
+    assert sums == {((), f"s{number}") for number in (1, 2, 3)}
+    plan.residuals = set(sums)
     able = {layer.layer.node.output[0]: layer.name for layer in summable_layers(plan, ())}
     assert list(able) == ["a", "r1", "r2", "r3", "y"], "the model gives the last in float"
     plan.summed = {able[value] for value in summed.split()}
@@ -106,8 +107,7 @@ def test_results_are_float_where_their_time_is_worth_it(free):
     context = context_of(feeds_of(count=8))
     step = Quantize(target="onnxruntime-x86-vnni", rounding="nearest", ranges="minmax")
     judge = plan_static(stage(), step, scheme_of(step), context, Outcome()).judge
-    (placed,) = judge.plan.placements()
-    judge.plan.residuals = {((), node.output[0]) for chain in residual_chains(placed) for node in chain}
+    judge.plan.residuals = set().union(*residual_sums(judge.plan))
     before = judge.loss()
     choice = float_results(judge, Choice((), before, before), Free(free=free), context)
     assert choice.after == pytest.approx(judge.loss())

@@ -13,6 +13,7 @@ from onnxslim_lab.equalization.indexing import Array
 from onnxslim_lab.graph import Graph, attribute, domain_of, is_op
 from onnxslim_lab.layer_views.storage import FLOATS, is_static, numpy_dtype, set_by_caller
 from onnxslim_lab.quantization.operands import constant_product
+from onnxslim_lab.rewriting.patterns import added_to
 from onnxslim_lab.statistics.collected import place
 
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -121,10 +122,10 @@ def _after_product(graph: Graph, node: NodeProto, axis: int) -> BiasSlot:
     """Return the slot in the Add of a constant after a product, or a new one before its readers."""
     value = node.output[0]
     for turn in graph.consumers(value):
-        add = _added(graph, turn.output[0]) if _moves_channels(turn, axis) else None
+        add = added_to(graph, turn.output[0]) if _moves_channels(turn, axis) else None
         if add and graph.use_count(value) == 1 and _is_by_channel(graph, add[0].input[add[1]], value):
             return BiasSlot(graph, node, add[0].output[0], 1, "float", *add)
-    add = _added(graph, value)
+    add = added_to(graph, value)
     kind = _kind(graph, add[0].input[add[1]]) if add else None
     same = graph.shape_of(add[0].output[0]) if add else None
     if add and kind and same is not None and len(same) == axis + 1:
@@ -144,15 +145,6 @@ def _is_by_channel(graph: Graph, constant: str, product: str) -> bool:
         return False
     wanted = (1, shape[-1], *[1] * (len(shape) - 2))
     return (1,) * (len(shape) - len(known[1])) + tuple(known[1]) == wanted
-
-
-def _added(graph: Graph, value: str) -> tuple[NodeProto, int] | None:
-    """Return the Add that alone reads a value, and which of its inputs is the other one."""
-    readers = graph.consumers(value)
-    if len(readers) != 1 or graph.is_output(value) or not is_op(readers[0], "Add"):
-        return None
-    slots = [slot for slot, name in enumerate(readers[0].input) if name != value]
-    return (readers[0], slots[0]) if len(slots) == 1 else None
 
 
 def _static(graph: Graph, value: str) -> bool:

@@ -30,13 +30,10 @@ class FloatCost:
     Args:
         plan: The plan as it is with nothing float; its ranges and weights do not matter. Values whose size it
             does not know cost the call of their conversion alone.
-
-    Attributes:
-        plan: The plan; what sums and results it has in float is read anew each time.
     """
 
     def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+        self._plan = plan
         self._layers = {layer.name: layer for layer in plan.layers}
         self._known: dict[tuple[frozenset[str], frozenset[Key]], float] = {}  # asked for under many ranges
         self._coded = self._converted(frozenset())
@@ -47,20 +44,20 @@ class FloatCost:
         In multiply-accumulates; negative where it saves time.
         """
         layers = sum(_products(self._layers[name]) for name in names)
-        results = sum(self._result(self._layers[name]) for name in self.plan.summed.difference(names))
+        results = sum(self._result(self._layers[name]) for name in self._plan.summed.difference(names))
         return layers + results + self._converted(frozenset(names)) - self._coded
 
     def _result(self, planned: StaticLayer) -> float:
-        elements = self.plan.elements.get(planned.layer.node.output[0], 0)
+        elements = self._plan.elements.get(planned.layer.node.output[0], 0)
         return _RESULT * elements - _FASTER * (planned.macs or 0)
 
     def _converted(self, without: frozenset[str]) -> float:
-        key = without, frozenset(self.plan.residuals)
+        key = without, frozenset(self._plan.residuals)
         if key not in self._known:
-            rounded = replace(self.plan, summed=set())  # what results cost includes their conversions
+            rounded = replace(self._plan, summed=set())  # what results cost includes their conversions
             values = [value for placed in rounded.placements(without) for value in converted(placed)]
             self._known[key] = sum(
-                _CONVERSION + _ELEMENT * self.plan.elements.get(value, 0) for value in values
+                _CONVERSION + _ELEMENT * self._plan.elements.get(value, 0) for value in values
             )
         return self._known[key]
 
@@ -73,10 +70,5 @@ def _products(planned: StaticLayer) -> float:
 
 def converted(placed: Placement) -> list[str]:
     """Return the values that are computed in float and read as codes, or come as codes and are read in float."""
-    graph, found = placed.graph, []
-    for value in sorted({*placed.made, *placed.takers} - set(placed.constants)):
-        on_codes = {id(node) for node, _ in placed.takers.get(value, ())}
-        in_float = graph.is_output(value) or any(id(node) not in on_codes for node in graph.consumers(value))
-        if value not in placed.made or in_float:
-            found.append(value)
-    return found
+    values = sorted({*placed.made, *placed.takers} - set(placed.constants))
+    return [value for value in values if value not in placed.made or placed.read_in_float(value)]

@@ -63,12 +63,8 @@ def is_product(plan: Plan, layer: Layer) -> bool:
 
 def _is_wanted(plan: Plan, placed: Placement, layer: Layer) -> bool:
     """Whether something reads in float what a Conv gives; if something else takes codes, only of a MatMul."""
-    graph, value = placed.graph, fused_output(placed.graph, layer.node)
-    if value not in placed.roots:
-        return True
-    takers = {id(node) for node, _ in placed.takers.get(value, ())}
-    in_float = graph.is_output(value) or any(id(node) not in takers for node in graph.consumers(value))
-    return in_float and is_product(plan, layer)
+    value = fused_output(placed.graph, layer.node)
+    return value not in placed.roots or (placed.read_in_float(value) and is_product(plan, layer))
 
 
 def splittable(plan: Plan, without: Collection[str]) -> list[Split]:

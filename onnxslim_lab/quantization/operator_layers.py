@@ -8,7 +8,7 @@ import numpy as np
 from onnx import NodeProto, TensorProto
 
 from onnxslim_lab.floats import Array
-from onnxslim_lab.graph import attribute, is_op
+from onnxslim_lab.graph import attribute
 from onnxslim_lab.layer_views.storage import set_by_caller
 from onnxslim_lab.quantization.microsoft import DOMAIN
 from onnxslim_lab.quantization.operands import (
@@ -25,6 +25,7 @@ from onnxslim_lab.quantization.operands import (
     zero_of,
 )
 from onnxslim_lab.quantization.operator_writer import OperatorWriter
+from onnxslim_lab.rewriting.patterns import added_to
 from onnxslim_lab.rewriting.removal import release
 
 
@@ -165,15 +166,11 @@ class LayerWriter(OperatorWriter):
 
     def _bias_behind(self, node: NodeProto) -> tuple[NodeProto, int, Array] | None:
         """Return the Add behind a MatMul, the index of a constant there, and its values."""
-        graph, value = self.graph, node.output[0]
-        readers = graph.consumers(value)
-        if node.op_type != "MatMul" or len(readers) != 1 or graph.use_count(value) != 1:
+        found = added_to(self.graph, node.output[0]) if node.op_type == "MatMul" else None
+        if found is None:
             return None
-        add = readers[0]
-        if not is_op(add, "Add"):
-            return None
-        index = 1 - list(add.input).index(value)
-        values = bias_values(graph, add.input[index])
+        add, index = found
+        values = bias_values(self.graph, add.input[index])
         return None if values is None else (add, index, values)
 
     def _add_float(self, node: NodeProto) -> None:

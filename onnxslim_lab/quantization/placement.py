@@ -56,6 +56,12 @@ class Placement:
     made: set[str] = field(default_factory=set)
     takers: dict[str, list[tuple[NodeProto, int]]] = field(default_factory=dict)
 
+    def read_in_float(self, value: str) -> bool:
+        """Whether something but its takers reads a value, an output of the graph included."""
+        on_codes = {id(node) for node, _ in self.takers.get(value, ())}
+        readers = self.graph.consumers(value)
+        return self.graph.is_output(value) or any(id(node) not in on_codes for node in readers)
+
 
 def place(
     graph: Graph,

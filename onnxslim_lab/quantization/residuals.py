@@ -9,6 +9,7 @@ that integers would make faster.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +22,7 @@ from onnxslim_lab.quantization.float_choice import Choice, Price
 from onnxslim_lab.quantization.float_weights import loss_without
 from onnxslim_lab.quantization.output_loss import Judge
 from onnxslim_lab.quantization.placement import Placement
+from onnxslim_lab.quantization.plan import Plan
 from onnxslim_lab.quantization.static_layers import Key
 from onnxslim_lab.statistics.collected import node_place
 
@@ -45,6 +47,15 @@ def residual_chains(placed: Placement) -> list[list[NodeProto]]:
     return [chain for chain in chains if len(chain) > 1]
 
 
+def residual_sums(plan: Plan, without: Collection[str] = ()) -> list[frozenset[Key]]:
+    """Return where the sums of each chain of a plan are, when all layers but some run on codes."""
+    return [
+        frozenset(node_place(placed.graph, node) for node in chain)
+        for placed in plan.placements(without)
+        for chain in residual_chains(placed)
+    ]
+
+
 def float_residuals(judge: Judge, choice: Choice, price: Price, context: Context) -> Choice:
     """Let those chains of sums stay float that are worth their time, beside a choice of layers.
 
@@ -58,11 +69,7 @@ def float_residuals(judge: Judge, choice: Choice, price: Price, context: Context
         The choice, with the loss that is left.
     """
     plan = judge.plan
-    chains: list[frozenset[Key]] = [
-        frozenset(node_place(placed.graph, node) for node in chain)
-        for placed in plan.placements(choice.names)
-        for chain in residual_chains(placed)
-    ]
+    chains = residual_sums(plan, choice.names)
     best = price.of(choice.after, choice.names)
     for number, chain in enumerate(chains[:_MOST]):
         context.progress(number + 1, min(len(chains), _MOST), "float sums of residual connections")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 
 from onnxslim_lab.base import Context
@@ -15,6 +15,9 @@ from onnxslim_lab.quantization.static_layers import StaticLayer
 
 _WORTH_SUMS = 0.9  # times the loss, for float sums of any kind: some take long, and their time is not known
 _MOST = 12  # sets of layers that are tried
+
+Measure = tuple[float, float]
+"""What counts, and the loss."""
 
 
 def float_sums(judge: Judge, without: Collection[str], context: Context) -> tuple[float, float]:
@@ -31,11 +34,16 @@ def float_sums(judge: Judge, without: Collection[str], context: Context) -> tupl
     Returns:
         The loss before, and with what was added.
     """
+    groups = _groups(judge.plan, summable_layers(judge.plan, without))
+    if not groups:
+        return 0.0, 0.0
 
-    def loss() -> float:
-        return judge.loss(without=without)
+    def loss() -> Measure:
+        found = judge.loss(without=without)
+        return found, found
 
-    return _let_sum(judge.plan, summable_layers(judge.plan, without), loss, _WORTH_SUMS, context)
+    before = loss()
+    return before[1], _let_sum(judge.plan, groups, before, loss, _WORTH_SUMS, context)
 
 
 def float_results(judge: Judge, choice: Choice, price: Price, context: Context) -> Choice:
@@ -50,45 +58,49 @@ def float_results(judge: Judge, choice: Choice, price: Price, context: Context) 
     Returns:
         The choice, with the loss that is left.
     """
-    plan, already = judge.plan, judge.plan.summed
+    plan = judge.plan
 
-    def after() -> float:
-        return loss_without(judge, choice.names, coded=choice.coded)
+    def priced() -> Measure:
+        after = loss_without(judge, choice.names, coded=choice.coded)
+        return price.of(after, choice.names), after
 
-    layers = [
-        one
-        for one in summable_layers(plan, choice.names)
-        if one.macs is not None and is_product(plan, one.layer)
-    ]
-    _let_sum(plan, layers, lambda: price.of(after(), choice.names), 1.0, context)
-    return choice if plan.summed == already else replace(choice, after=after())
+    able = summable_layers(plan, choice.names)
+    layers = [one for one in able if one.macs is not None and is_product(plan, one.layer)]
+    before = price.of(choice.after, choice.names), choice.after
+    after = _let_sum(plan, _groups(plan, layers), before, priced, 1.0, context)
+    return replace(choice, after=after)
+
+
+def _groups(plan: Plan, layers: Iterable[StaticLayer]) -> list[tuple[StaticLayer, ...]]:
+    """Return layers that do not give float sums yet in sets of neighbours."""
+    return groups_of([one for one in layers if one.name not in plan.summed], _MOST)
 
 
 def _let_sum(
-    plan: Plan, layers: Iterable[StaticLayer], measure: Callable[[], float], worth: float, context: Context
-) -> tuple[float, float]:
-    """Let sets of neighbours give float sums that lower a measure below `worth` of what it was.
+    plan: Plan,
+    groups: Sequence[tuple[StaticLayer, ...]],
+    before: Measure,
+    measure: Callable[[], Measure],
+    worth: float,
+    context: Context,
+) -> float:
+    """Let sets of layers give float sums that lower what counts to `worth` of what it was; return the loss then.
 
     Each is tried alone; those that suffice are tried again in the order of what they gain.
-
-    Returns:
-        The measure before and after.
     """
-    kept = set(plan.summed)
-    groups = groups_of([one for one in layers if one.name not in kept], _MOST)
-    before = least = measure() if groups else 0.0
+    kept, least = set(plan.summed), before
     trials = []
     for number, group in enumerate(groups):
         context.progress(number + 1, len(groups), f"float sums of {group[0].name}")
         names = {layer.name for layer in group}
         plan.summed = kept | names
-        trials.append((measure(), names))
+        trials.append((measure()[0], names))
     for alone, names in sorted(trials, key=lambda trial: trial[0]):
-        if alone > before * worth:
+        if alone > before[0] * worth:
             break
         plan.summed = kept | names
         with_it = measure()
-        if with_it <= least * worth:
+        if with_it[0] <= least[0] * worth:
             least, kept = with_it, plan.summed
     plan.summed = kept
-    return before, least
+    return least[1]

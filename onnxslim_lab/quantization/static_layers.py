@@ -8,8 +8,9 @@ import numpy as np
 from onnx import NodeProto, TensorProto
 
 from onnxslim_lab.floats import Array
-from onnxslim_lab.graph import Graph, attribute, is_op
+from onnxslim_lab.graph import Graph, attribute
 from onnxslim_lab.layers import Layer
+from onnxslim_lab.rewriting.patterns import added_to
 from onnxslim_lab.statistics import collected
 from onnxslim_lab.targets.model import Profile
 
@@ -92,16 +93,14 @@ def added_bias(layer: Layer) -> tuple[NodeProto, int] | None:
     """Return the Add behind a MatMul that adds a constant vector, and the index of the vector there."""
     if layer.op_type != "MatMul":
         return None
-    value = layer.node.output[0]
-    readers = layer.graph.consumers(value)
-    if len(readers) != 1 or layer.graph.use_count(value) != 1 or not is_op(readers[0], "Add"):
+    found = added_to(layer.graph, layer.node.output[0])
+    if found is None:
         return None
-    add = readers[0]
-    index = 1 - list(add.input).index(value)
+    add, index = found
     shape = layer.graph.constant_type(add.input[index])
     if shape is None or len(shape[1]) != 1 or shape[1][0] != layer.shape[1]:
         return None
-    return add, index
+    return found
 
 
 def weight_axis(layer: Layer) -> int:

@@ -65,6 +65,14 @@ def sole_reader(graph: Graph, value: str) -> NodeProto | None:
     return readers[0] if len(readers) == 1 and not graph.is_output(value) else None
 
 
+def added_to(graph: Graph, value: str) -> tuple[NodeProto, int] | None:
+    """Return the Add that alone reads a value, and which of its inputs is the other one; None when there is none."""
+    node = sole_reader(graph, value)
+    if node is None or not is_op(node, "Add") or graph.use_count(value) != 1:
+        return None
+    return node, 1 - list(node.input).index(value)
+
+
 def enclosed(graph: Graph, nodes: Sequence[NodeProto], result: str) -> bool:
     """Whether nothing but these nodes reads what they make, the result aside."""
     own = {id(node) for node in nodes}

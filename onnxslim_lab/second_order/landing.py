@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxslim_lab.graph import is_op
 from onnxslim_lab.layers import Layer
+from onnxslim_lab.rewriting.patterns import added_to
 from onnxslim_lab.second_order.obs import Doubles
 from onnxslim_lab.shapes import Dim
 
@@ -40,11 +40,9 @@ class Landing:
         """Follow the output of a layer of the main graph through the sums behind it."""
         graph, value = layer.graph, layer.node.output[0]
         bias, added = own_bias(layer), ""
-        while not added and not graph.is_output(value) and graph.use_count(value) == 1:
-            node = graph.consumers(value)[0]
-            if not is_op(node, "Add") or value not in node.input:
-                break
-            other = node.input[1 - list(node.input).index(value)]
+        while not added and (behind := added_to(graph, value)):
+            node, index = behind
+            other = node.input[index]
             if graph.is_constant(other):
                 found = None if layer.bias is not None or bias is not None else _bias(layer, other, 1.0)
                 if found is None or layer.op_type != "MatMul" or layer.shape[0] != 1:
