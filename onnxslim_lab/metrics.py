@@ -279,3 +279,38 @@ def compare_outputs(reference: Sequence[Feed], result: Sequence[Feed]) -> list[O
             if name not in expected:
                 comparisons.setdefault(name, _Comparison(name))._differ("the output is new", 1)  # noqa: SLF001
     return [comparison.result() for comparison in comparisons.values()]
+
+
+def errors_by_feed(reference: Sequence[Feed], result: Sequence[Feed]) -> Float64:
+    """Return what each feed adds to the error: noise over the signal of all feeds, the mean over real outputs.
+
+    Where no output is real, the values that differ. Infinite for a feed whose outputs differ in structure, or are
+    finite on one side only.
+
+    Args:
+        reference: One dict of outputs for each feed: arrays, sequences, maps, None.
+        result: Likewise, of the model that is judged.
+
+    Returns:
+        One number for each feed.
+
+    >>> errors_by_feed([{"y": np.float32([3])}, {"y": np.float32([4])}], [{"y": np.float32([3])}, {"y": np.float32([3])}])
+    array([0.  , 0.04])
+    """
+    found: dict[str, list[_Comparison]] = {}
+    odd = np.zeros(len(reference))
+    for number, (expected, actual) in enumerate(zip(reference, result, strict=True)):
+        for name, value in expected.items():
+            one = _Comparison(name)
+            one.add(value, actual.get(name))
+            found.setdefault(name, []).append(one)
+            if one.structure or one.nonfinite:
+                odd[number] = np.inf
+    errors = []
+    for parts in found.values():
+        if any(one.floating for one in parts):
+            signal = sum(float(one.whole.aa) for one in parts)
+            errors.append([one.noise / (signal or np.finfo(np.float64).tiny) for one in parts])
+    if not errors:
+        errors = [[sum(one.mismatches for one in feed) for feed in zip(*found.values(), strict=True)]]
+    return np.asarray(np.mean(errors, axis=0) + odd, np.float64)

@@ -14,10 +14,12 @@ from onnxslim_lab.base import Change, Context, Outcome, Pass, Progress
 from onnxslim_lab.equalization.biases import BiasSlot, add_to_bias, channels_of, find_slots
 from onnxslim_lab.errors import ParameterError
 from onnxslim_lab.graph import Graph
-from onnxslim_lab.metrics import compare_outputs
+from onnxslim_lab.metrics import errors_by_feed
 from onnxslim_lab.statistics import Calibration, Channels, Statistics, Want
 from onnxslim_lab.statistics.collected import Place, place
 from onnxslim_lab.worker.messages import Value
+
+_CERTAIN = 2.0  # standard errors that a gain must be, for a correction to be more than what these feeds have in common
 
 Key = tuple[Place, str]
 Deltas = dict[Key, NDArray[np.float64]]
@@ -35,7 +37,8 @@ class CorrectBias(Pass):
     biases are float constants or int32 codes behind DequantizeLinear, and are made where there is none. A shift
     counts as far as it is the same on both halves of the data. The layers are corrected in parts, first layers
     first, since each correction moves the means behind it; a part is kept when it lowers the error of the model's
-    outputs on feeds that the means were not taken from (every fourth; where there is one feed only, on that).
+    outputs on feeds that the means were not taken from (every fourth; where there is one feed only, on that), by
+    more than twice the standard error of what it gains on each.
 
     refuses: layers whose output the original does not have under the same name with as many channels;
     biases that are computed or stored in other types; everything, when the outputs do not get
@@ -103,7 +106,7 @@ class _Search:
     def __post_init__(self) -> None:
         self.wanted: dict[Key, list[Channels]] = {}  # the original's statistics on each half
         self.total: Deltas = {}
-        self.before = self.best = 0.0
+        self.before = self.best = np.zeros(1)  # by feed
         self._reference: list[dict[str, Value]] = []
         learned, self._judge = self.calibration.hold_back()
         feeds = learned.data.feeds
@@ -139,7 +142,7 @@ class _Search:
     def run(self, parts: int, progress: Progress) -> None:
         """Correct the layers part by part, in order; keep what makes the outputs better."""
         self._reference = self._judge.outputs(self.original)
-        self.before = self.best = self._error(self.model)
+        self.before = self.best = self._errors(self.model)
         current = self.model
         order = [key for key in _all_slots(self.model) if key in self.wanted]
         done = 0
@@ -149,9 +152,9 @@ class _Search:
             for share in (1.0, 0.5):
                 trial = self.total | {key: share * delta for key, delta in step.items()}
                 changed = self._corrected(trial)
-                error = self._error(changed)
-                if error < self.best:
-                    self.total, self.best, current = trial, error, changed
+                errors = self._errors(changed)
+                if is_better(self.best, errors):
+                    self.total, self.best, current = trial, errors, changed
                     break
             done += len(numbers)
             progress(done, len(order), "correct-bias")
@@ -160,7 +163,9 @@ class _Search:
         """Write the corrections into the model, or say that there were none that helped."""
         slots = _all_slots(self.model)
         for key in (key for key in self.wanted if key not in self.total):
-            self.outcome.refuse(slots[key].name, "correcting it does not lower the error of the outputs")
+            self.outcome.refuse(
+                slots[key].name, "correcting it does not lower the error of the outputs clearly"
+            )
         for key, delta in self.total.items():
             slot = slots[key]
             reason = add_to_bias(slot, delta)
@@ -169,8 +174,8 @@ class _Search:
                 continue
             detail: dict[str, float | int | str] = {
                 "largest shift": float(np.abs(delta).max()),
-                "output error before": self.before,
-                "output error after": self.best,
+                "output error before": float(self.before.sum()),
+                "output error after": float(self.best.sum()),
             }
             self.outcome.changes.append(Change(slot.name, "bias corrected", detail=detail))
 
@@ -204,13 +209,26 @@ class _Search:
         model.infer()
         return model
 
-    def _error(self, model: Graph) -> float:
-        """Return the noise over the signal of the model's real outputs, the mean over them."""
-        errors = compare_outputs(self._reference, self._judge.outputs(model))
-        if any(error.structure or error.nonfinite for error in errors):
-            return np.inf
-        real = [10 ** (-error.sqnr_db / 10) for error in errors if error.floating]
-        return float(np.mean(real)) if real else float(sum(error.mismatches for error in errors))
+    def _errors(self, model: Graph) -> NDArray[np.float64]:
+        """Return what each held back feed adds to the error of the model's outputs."""
+        return errors_by_feed(self._reference, self._judge.outputs(model))
+
+
+def is_better(before: NDArray[np.float64], after: NDArray[np.float64]) -> bool:
+    """Whether errors by feed fall by more than chance: their sum, by twice the standard error of the differences.
+
+    >>> is_better(np.array([3.0, 2.0, 4.0]), np.array([2.0, 1.1, 2.9]))
+    True
+    >>> is_better(np.array([3.0, 2.0, 4.0]), np.array([1.0, 2.0, 4.1]))
+    False
+    """
+    if not np.isfinite(after).all():
+        return False
+    if not np.isfinite(before).all():
+        return True
+    gains = before - after
+    error = np.sqrt(len(gains)) * gains.std(ddof=1) if len(gains) > 1 else 0.0
+    return bool(gains.sum() > _CERTAIN * error)
 
 
 def agreed(shifts: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:

@@ -13,7 +13,8 @@ from onnxslim_lab.data import Dataset
 from onnxslim_lab.engine import optimize
 from onnxslim_lab.errors import ParameterError
 from onnxslim_lab.graph import Graph
-from onnxslim_lab.passes.correct_bias import CorrectBias, agreed
+from onnxslim_lab.metrics import compare_outputs, errors_by_feed
+from onnxslim_lab.passes.correct_bias import CorrectBias, agreed, is_better
 from onnxslim_lab.passes.quantize import Quantize
 from onnxslim_lab.profiles import find_profile
 from onnxslim_lab.recipe import Recipe
@@ -226,7 +227,7 @@ def test_after_quantize_outputs_get_better_on_other_data(name):
     outcome = CorrectBias().run(result, given_context)
     onnx.checker.check_model(result.to_model())
     reasons = {refusal.reason for refusal in outcome.refusals}
-    allowed = {"correcting it does not lower the error of the outputs"}
+    allowed = {"correcting it does not lower the error of the outputs clearly"}
     if name == "dynamic":
         assert "MatMulInteger has integer outputs: correct it as QDQ" in reasons
         return
@@ -266,3 +267,27 @@ def test_a_real_network_gets_better(steps, zoo, zoo_feeds):
         return sqnr(original, found.graph, other)
 
     assert error([*steps, "correct-bias"]) > error([part for part in steps if part != "correct-bias"])
+
+
+def test_a_gain_that_one_feed_has_by_chance_is_not_kept():
+    """One held back feed gains much, the others lose a little: the next feeds would as likely lose."""
+    before = np.array([1.0, 1.0, 1.0, 1.0])
+    assert not is_better(before, np.array([0.2, 1.05, 1.05, 1.05]))
+    assert is_better(before, np.array([0.8, 0.85, 0.8, 0.9]))
+    assert is_better(before[:1], np.array([0.9]))
+    assert not is_better(before, np.array([0.5, 0.5, 0.5, np.inf]))
+    assert is_better(np.array([np.inf, 1.0]), np.array([1.0, 1.0]))
+
+
+def test_errors_by_feed_add_up_to_noise_over_signal():
+    rng = np.random.default_rng(0)
+    feeds = [{"y": rng.normal(size=(2, 3)), "z": rng.normal(size=4), "n": np.arange(3)} for _ in range(5)]
+    noisy = [{name: value if name == "n" else value + 0.1 for name, value in feed.items()} for feed in feeds]
+    found = errors_by_feed(feeds, noisy)
+    wanted = [10 ** (-one.sqnr_db / 10) for one in compare_outputs(feeds, noisy) if one.floating]
+    assert found.shape == (5,)
+    assert found.sum() == pytest.approx(np.mean(wanted))
+    assert np.isinf(errors_by_feed(feeds, [*noisy[:4], {"y": np.zeros(1)}])[4])
+    assert errors_by_feed(
+        [{"n": np.arange(3)}] * 2, [{"n": np.arange(3)}, {"n": np.zeros(3, int)}]
+    ).tolist() == [0, 2]

@@ -182,6 +182,20 @@ def test_refusals_are_one_line_and_the_child_lives_on(runner):
     assert runner._child.pid == pid
 
 
+def test_runs_are_timed_in_the_child(runner):
+    graph = Graph.parse(SMALL)
+    feed = {"x": np.zeros((1, 2), np.float32), "b": np.zeros(2, np.float32)}
+    runner.run(graph, [feed])
+    start = time.perf_counter()
+    runner.run(graph, [feed])
+    whole = time.perf_counter() - start
+    assert 0 < runner.run_seconds(graph, feed) < whole, "no messages in it"
+    with pytest.raises(DataError, match="input 'b'"):
+        runner.run_seconds(graph, {"x": feed["x"]})
+    with pytest.raises(DataError, match="is not a tensor"):
+        runner.run_seconds(graph, feed | {"b": object()})
+
+
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_a_crash_is_an_error_and_the_next_call_starts_afresh():
     feed = {"x": np.ones((1, 2), np.float32), "b": np.zeros(2, np.float32)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -27,7 +26,7 @@ _ELEMENTS = 1 << 21  # of all outputs that are compared, likewise
 _FEWEST_FEEDS, _MOST_FEEDS = 4, 256
 _CLIPS = 0.4  # of the loss, that ranges that clip must save when there are few feeds
 _FEW = 32  # feeds; what more of them do not show falls with their number
-_RUNS = 6  # the first of which load
+_RUNS = 6  # turns of each model
 _SLOWER = 1.05  # what is less is noise
 _LEAST_PROBABILITY = 1e-9  # what is less is not told apart
 _FLOOR = 1e-12  # of a slice's energy, relative to its output's
@@ -79,18 +78,18 @@ class Judge:
 def slower(context: Context, original: Graph, result: Graph) -> str:
     """Return how much slower than the original a result runs on this machine, "" when it does not.
 
-    The least of several runs in turn on the first feed of the calibration data.
+    The least of several turns of runs on the first feed of the calibration data.
     """
     assert context.calibration is not None
     runner = context.calibration.runner
-    feeds = [feed for feed, _ in zip(context.calibration.data.feeds, range(1), strict=False)]
+    feed = next(iter(context.calibration.data.feeds), None)
+    if feed is None:
+        return ""
     times: list[list[float]] = [[], []]
     try:
         for _ in range(_RUNS):
             for graph, taken in zip((original, result), times, strict=True):
-                start = time.perf_counter()
-                runner.run(graph, feeds)
-                taken.append(time.perf_counter() - start)
+                taken.append(runner.run_seconds(graph, feed))
     except SessionError:
         return ""
     before, after = (min(taken) for taken in times)
