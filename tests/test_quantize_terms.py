@@ -37,6 +37,30 @@ LAYERS = {  # body, sizes, input, shape fed, output, operators that multiply
         "float[N,6,5] y",
         {"MatMulIntegerToFloat": 2},
     ),
+    "of sound": (
+        "a = Constant<value_ints = [1]>() u = Unsqueeze(x, a) y = Conv<strides = [4]>(u, w)",
+        {"w": (6, 1, 8)},
+        "float[N,24] x",
+        (3, 24),
+        "float[N,6,5] y",
+        {"MatMulIntegerToFloat": 2},
+    ),
+    "of windows side by side": (
+        "y = Conv<strides = [3]>(x, w, b)",
+        {"w": (6, 4, 3), "b": (6,)},
+        "float[N,4,9] x",
+        (2, 4, 9),
+        "float[N,6,3] y",
+        {"MatMulIntegerToFloat": 2},
+    ),
+    "of windows side by side, of any number": (
+        "y = Conv<strides = [3]>(x, w, b)",
+        {"w": (6, 4, 3), "b": (6,)},
+        "float[N,4,T] x",
+        (2, 4, 9),
+        "float[N,6,U] y",
+        {"MatMulIntegerToFloat": 2},
+    ),
     "of one tap": (
         "y = Conv(x, w, b)",
         {"w": (6, 4, 1), "b": (6,)},
@@ -152,6 +176,26 @@ def test_onnxruntime_multiplies_both_in_integers(case, tmp_path):
     found, wanted = optimized(result, tmp_path), LAYERS[case][-1]
     assert {kind: found[kind] for kind in wanted} == wanted
     assert {"Conv", "FusedConv", "Gemm", "MatMul", "FusedMatMul"}.isdisjoint(found)
+
+
+@pytest.mark.parametrize(
+    ("case", "moves"),
+    [
+        ("of sound", ["Reshape", "Gather", "Reshape"]),
+        ("of windows side by side", ["Transpose", "Reshape"]),
+    ],
+)
+def test_windows_take_no_more_nodes_than_they_need(case, moves):
+    _, result, *_ = doubled(case)
+    kinds = [node.op_type for node in result.nodes]
+    assert kinds[: kinds.index("DequantizeLinear")] == moves
+
+
+def test_a_bias_is_added_with_the_second_term():
+    _, result, *_ = doubled("along one axis")
+    (total,) = [node for node in result.nodes if node.op_type == "Sum"]
+    assert len(total.input) == 3
+    assert result.constant(total.input[2]).shape == (6,)
 
 
 def test_windows_follow_the_length_at_inference():

@@ -145,14 +145,15 @@ class Plan:
         sums: list[tuple[str, NodeProto]] = []
         split: dict[str, tuple[str, str]] = {}
         for planned, layer in found:
-            name, nodes = planned.name, [layer.node]
+            name, nodes, bias = planned.name, [layer.node], ""
             doubled = name in self.doubled
             grid = writer.grid(layer.node.input[0]) if doubled else None
             if layer.op_type == "Conv" and (doubled or name in self.summed):
-                product = unroller.write(layer.node, name, shapes[name])
-                nodes = [product or layer.node]
+                product = unroller.write(layer.node, name, shapes[name], apart=doubled)
+                if product:
+                    nodes, bias = [product.node], product.bias
             if grid:
-                nodes.append(write_terms(writer, nodes[0], grid, split))
+                nodes.append(write_terms(writer, nodes[0], grid, split, bias))
             sums += [
                 (name, node)
                 for node in nodes

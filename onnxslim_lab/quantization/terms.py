@@ -57,15 +57,16 @@ def rest_of(grid: Grid) -> Grid:
 
 
 def write_terms(
-    writer: GraphWriter, node: NodeProto, grid: Grid, split: dict[str, tuple[str, str]]
+    writer: GraphWriter, node: NodeProto, grid: Grid, split: dict[str, tuple[str, str]], bias: str = ""
 ) -> NodeProto:
     """Let a node whose weight is in codes read two terms of its input; the second product is a node of its own.
 
     Args:
         writer: Of the node's graph.
-        node: The node; its bias stays with the first term.
+        node: The node; a bias that it reads stays with the first term.
         grid: Of the first term.
         split: The two terms of values that other nodes read so, added to.
+        bias: Name of a constant that is added to the sum of both, "" for none.
 
     Returns:
         The node that multiplies the second term.
@@ -85,7 +86,7 @@ def write_terms(
     graph.set_outputs(node, [part])
     # onnxruntime would make one Gemm, in float, of a MatMul and an Add, and of a Gemm and a Sum
     adds = "Add" if node.op_type == "Gemm" else "Sum"
-    graph.emit(adds, [part, rest.output[0]], [output], name="a")
+    graph.emit(adds, [part, rest.output[0], *filter(None, [bias])], [output], name="a")
     return rest
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from onnx import NodeProto, TensorProto
 
 from onnxslim_lab.floats import Array
-from onnxslim_lab.graph import Graph, attribute
+from onnxslim_lab.graph import Graph, attribute, is_op
 from onnxslim_lab.layer_views.storage import set_by_caller
 from onnxslim_lab.quantization.operands import bias_values, read, zero_of
 from onnxslim_lab.rewriting.removal import release
@@ -75,6 +75,19 @@ def windows_of(node: NodeProto, shape: Sequence[int]) -> Windows | None:
     return Windows(1, 1, 1, 0, 0) if every else None
 
 
+@dataclass(frozen=True, eq=False)
+class Product:
+    """What a convolution became.
+
+    Attributes:
+        node: The MatMul.
+        bias: Name of a constant vector that is still to be added to its columns, "" for none.
+    """
+
+    node: NodeProto
+    bias: str
+
+
 @dataclass
 class Unroller:
     """Writes convolutions of one graph, constants of a layer once.
@@ -87,13 +100,16 @@ class Unroller:
     _stored: dict[str, tuple[str, str]] = field(default_factory=dict)
     _places: dict[str, str] = field(default_factory=dict)
 
-    def write(self, node: NodeProto, key: str, shape: Sequence[Dim] | None) -> NodeProto | None:
-        """Replace a Conv whose weight is in codes; returns the MatMul, None when it cannot be one.
+    def write(
+        self, node: NodeProto, key: str, shape: Sequence[Dim] | None, *, apart: bool = False
+    ) -> Product | None:
+        """Replace a Conv whose weight is in codes; returns None when it cannot be a product.
 
         Args:
             node: The Conv. The windows are looked up in codes where its input comes as codes.
             key: Equal for nodes that have the same weight, and inputs of the same shape.
             shape: What is known of its input's shape.
+            apart: Whether its bias is left to the caller.
         """
         graph = self.graph
         x, w = read(graph, node.input[0]), read(graph, node.input[1])
@@ -123,6 +139,9 @@ class Unroller:
         graph.remove(node)
         product = graph.emit("MatMul", [value, matrix], name=node.name)
         back = [0, axes + 1, *range(1, axes + 1)]
+        left = ""
+        if added is not None and apart:
+            left, added = self._store(added.reshape(-1)), None
         if added is None:
             graph.emit("Transpose", list(product.output), [output], name="t", perm=back)
         else:  # onnxruntime would make a Gemm of a MatMul and an Add behind it, and decode the weight for it
@@ -130,7 +149,7 @@ class Unroller:
             vector = self._store(added.reshape(-1, *[1] * axes))
             graph.emit("Add", [value, vector], [output], name="a")
         release(graph, gone)
-        return product
+        return Product(product, left)
 
     def _rows(
         self,
@@ -143,29 +162,46 @@ class Unroller:
     ) -> str:
         """Emit the windows of (images, channels, places) as (images, windows, taps and channels)."""
         graph, channels = self.graph, codes.shape[1]
-        last = [0, *range(2, codes.ndim), 1]
-        value = graph.emit("Transpose", [source], name="t", perm=last).output[0]
-        if windows.before or windows.after:
+        padded = bool(windows.before or windows.after)
+        size = shape[2] if shape is not None and len(shape) == 3 else None
+        length = size + windows.before + windows.after if isinstance(size, int) else 0
+        chunk = windows.chunk(length) if length else 1
+        if channels == 1 and chunk > 1 and not padded:
+            value = self._unsqueezed(source)  # of one channel, the last axis is the channels' already
+        else:
+            last = [0, *range(2, codes.ndim), 1]
+            value = graph.emit("Transpose", [source], name="t", perm=last).output[0]
+        if padded:
             pads = self._store(np.array([0, windows.before, 0, 0, windows.after, 0], np.int64))
             value = graph.emit("Pad", [value, pads, *zero], name="p").output[0]
         if windows.size == windows.stride == 1:
             return value
-        size = shape[2] if shape is not None and len(shape) == 3 else None
-        length = size + windows.before + windows.after if isinstance(size, int) else 0
-        chunk = windows.chunk(length) if length else 1
+        row = windows.size * channels
+        starts = windows.starts(length)
+        if length == len(starts) * windows.size > 0 and windows.stride == windows.size and windows.step == 1:
+            whole = self._store(np.array([0, len(starts), row], np.int64))
+            return graph.emit("Reshape", [value, whole], name="w").output[0]
         if chunk > 1:
             cut = self._store(np.array([0, length // chunk, chunk * channels], np.int64))
             value = graph.emit("Reshape", [value, cut], name="w").output[0]
         if key not in self._places:
             taps = np.arange(0, windows.size, chunk)[None] * windows.step // chunk
             self._places[key] = (
-                self._store(np.array(windows.starts(length))[:, None] // chunk + taps)
+                self._store(np.array(starts)[:, None] // chunk + taps)
                 if length
                 else self._places_of(source, windows, taps)
             )
         value = graph.emit("Gather", [value, self._places[key]], name="g", axis=1).output[0]
-        rows = self._store(np.array([0, 0, windows.size * channels], np.int64))
+        rows = self._store(np.array([0, 0, row], np.int64))
         return graph.emit("Reshape", [value, rows], name="w").output[0]
+
+    def _unsqueezed(self, value: str) -> str:
+        """Return what a value of shape (images, 1, places) is made of by an Unsqueeze, else the value."""
+        node = self.graph.producer(value)
+        if node is None or not is_op(node, "Unsqueeze"):
+            return value
+        axes = self.graph.constant(node.input[1]) if len(node.input) > 1 else attribute(node, "axes")
+        return node.input[0] if axes is not None and [*np.ravel(axes)] == [1] else value
 
     def _places_of(self, source: str, windows: Windows, taps: Array) -> str:
         """Emit the places of each window's taps, by the number of places at inference; return their name."""
