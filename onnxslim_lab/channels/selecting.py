@@ -19,9 +19,7 @@ from onnxslim_lab.graph import Graph
 from onnxslim_lab.layers import Layer
 from onnxslim_lab.macs import model_macs
 from onnxslim_lab.selection import matches
-from onnxslim_lab.statistics import Calibration, Gram, Want
-from onnxslim_lab.statistics.calibration import gram_input
-from onnxslim_lab.worker.grams import GramTally
+from onnxslim_lab.statistics import Calibration, Gram, Want, gram_input, gram_source
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +153,7 @@ def rankings(
         alone = _by_activation(model, groups, calibration, None)
         return by_sensitivity(model, groups, alone, calibration, progress)
     readers = {id(side.layer): side.layer for group in groups for side in group.readers}
-    measured = [layer for layer in readers.values() if gram_input(layer)]
+    measured = [layer for layer in readers.values() if gram_source(layer)]
     stored = {}
     for number, (layer, gram) in enumerate(calibration.grams(model, measured)):
         np.save(folder / f"{number}.npy", gram.matrix)
@@ -164,7 +162,7 @@ def rankings(
 
     def gram_of(layer: Layer) -> Gram:
         held = stored.get(id(layer))
-        return hidden_gram(model, layer, calibration) if held is None else Gram(np.load(held[0]), *held[1:])
+        return _even(layer) if held is None else Gram(np.load(held[0]), *held[1:])
 
     found = []
     for number, group in enumerate(groups):
@@ -173,23 +171,11 @@ def rankings(
     return found
 
 
-def hidden_gram(model: Graph, layer: Layer, calibration: Calibration) -> Gram:
-    """Return the Gram matrix of the hidden states that recurrent weights multiply.
-
-    They are what the node gives at every step. In bodies, and where it gives the last state only, nothing is
-    known of them: all are taken to have one energy.
-    """
+def _even(layer: Layer) -> Gram:
+    """Return what stands for the Gram matrix of hidden states of which nothing is known: all have one energy."""
     groups, _, size = layer.shape
-    states = layer.node.output[0] if layer.role == "R" else ""
-    if not states or layer.graph is not model:
-        ones = np.ones((groups, size))
-        return Gram(ones, 0 * ones, 1)
-    tally = GramTally(layer.kind, full=8 * groups * size * size <= calibration.memory // 4)
-    for run in calibration.stream(model, [states]):
-        value = run[states]
-        assert isinstance(value, np.ndarray)
-        tally.add(value)
-    return Gram(tally.matrix, tally.total, tally.count)
+    ones = np.ones((groups, size))
+    return Gram(ones, 0 * ones, 1)
 
 
 def _by_activation(

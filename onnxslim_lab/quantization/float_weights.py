@@ -110,7 +110,7 @@ def store_by_outputs(
         context: Of the pass.
         outcome: Receives a change or a refusal for each weight.
     """
-    store = partial(store_weights, step=step, scheme=scheme, context=context)
+    store = partial(store_weights, step=step, scheme=scheme, context=context, rounding=_best(step))
 
     def put(graph: Graph, blocks: dict[Stored, int], outcome: Outcome) -> Graph:
         for block in (0, *_BLOCKS):

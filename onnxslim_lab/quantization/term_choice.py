@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from onnxslim_lab.base import Context
-from onnxslim_lab.quantization.float_results import Split, splittable
+from onnxslim_lab.quantization.float_results import Split, splittable, summable_layers
 from onnxslim_lab.quantization.output_loss import Judge
 from onnxslim_lab.quantization.plan import Plan
 
@@ -31,12 +30,27 @@ class Terms:
     after: float
 
 
+@dataclass(frozen=True)
+class _Step:
+    """Layers that are chosen together.
+
+    Attributes:
+        doubled: Names of those that read two terms.
+        summed: Names of those whose results stay float.
+    """
+
+    doubled: frozenset[str]
+    summed: frozenset[str]
+
+
 def choose_terms(judge: Judge, without: Collection[str], context: Context, enough: float) -> Terms:
     """Let the inputs of a plan's layers be two terms where rounding them to one spoils the outputs.
 
     A convolution that nothing but such layers reads is not rounded either. The value that gains most is taken as
     long as that is a quarter of the loss: what one gains beside others is more than alone, because the
     worst of several roundings in a row hides the rest. Models of many layers are tried in runs of neighbours.
+    In the end, what was taken is taken back where the loss is good enough without, those of most products first;
+    or the layers keep their one term, and their results alone stay float.
 
     Args:
         judge: Measures the loss; its plan is edited.
@@ -45,45 +59,54 @@ def choose_terms(judge: Judge, without: Collection[str], context: Context, enoug
         enough: The loss that is as good as none.
     """
     plan = judge.plan
-    before = least = judge.loss(without=without)
-    chosen: list[str] = []
+    start = _Step(frozenset(plan.doubled), frozenset(plan.summed))
+
+    def loss(steps: Sequence[_Step]) -> float:
+        _put(plan, [start, *steps])
+        return judge.loss(without=without)
+
+    chosen: list[_Step] = []
+    before = least = loss(chosen)
     while least > enough:
         trials = []
-        groups = _groups(splittable(plan, without))
-        for number, group in enumerate(groups):
-            context.progress(number + 1, len(groups), f"two terms of {group[0].value}")
-            with _split(plan, group):
-                trials.append((judge.loss(without=without), number))
+        steps = _steps(splittable(plan, without))
+        for number, step in enumerate(steps):
+            context.progress(number + 1, len(steps), f"two terms of {min(step.doubled)}")
+            trials.append((loss([*chosen, step]), number))
+        _put(plan, [start, *chosen])
         best, number = min(trials, default=(least, 0))
         if best > _WORTH * least:
             break
         least = best
-        chosen += [layer.name for one in groups[number] for layer in one.readers]
-        plan.doubled = plan.doubled | _readers(groups[number])
-        plan.summed = plan.summed | _sums(groups[number])
-    macs = sum(layer.macs or 0 for layer in plan.layers if layer.name in chosen)
-    return Terms(tuple(chosen), macs, before, least)
+        chosen.append(steps[number])
+        _put(plan, [start, *chosen])
+    sizes = {layer.name: layer.macs or 0 for layer in plan.layers}
+    for step in sorted(chosen, key=lambda one: -sum(sizes[name] for name in one.doubled)):
+        rest = [other for other in chosen if other is not step]
+        _put(plan, [start, *rest])
+        able = {layer.name for layer in summable_layers(plan, without)}
+        less = _Step(frozenset(), (step.doubled | step.summed) & able)
+        for steps in [rest, [*rest, less]] if less.summed else [rest]:
+            found = loss(steps)
+            if found <= max(least, enough):
+                chosen, least = steps, found
+                break
+    _put(plan, [start, *chosen])
+    names = tuple(layer.name for layer in plan.layers if layer.name in plan.doubled - start.doubled)
+    return Terms(names, sum(sizes[name] for name in names), before, least)
 
 
-def _groups(splits: list[Split]) -> list[list[Split]]:
+def _steps(splits: list[Split]) -> list[_Step]:
+    """Return values in runs of neighbours as what to choose together."""
     size = max(1, -(-len(splits) // _MOST))
-    return [splits[start : start + size] for start in range(0, len(splits), size)]
+    groups = [splits[first : first + size] for first in range(0, len(splits), size)]
+    doubled = [frozenset(layer.name for one in group for layer in one.readers) for group in groups]
+    summed = [frozenset(name for one in group for name in one.sums) for group in groups]
+    return [_Step(*both) for both in zip(doubled, summed, strict=True)]
 
 
-def _readers(group: list[Split]) -> set[str]:
-    return {layer.name for one in group for layer in one.readers}
-
-
-def _sums(group: list[Split]) -> set[str]:
-    return {name for one in group for name in one.sums} - _readers(group)
-
-
-@contextmanager
-def _split(plan: Plan, group: list[Split]) -> Iterator[None]:
-    """Let a plan read values as two terms for a while."""
-    doubled, summed = plan.doubled, plan.summed
-    plan.doubled, plan.summed = doubled | _readers(group), summed | _sums(group)
-    try:
-        yield
-    finally:
-        plan.doubled, plan.summed = doubled, summed
+def _put(plan: Plan, steps: Iterable[_Step]) -> None:
+    """Let a plan read these values as two terms, and no others."""
+    steps = list(steps)
+    plan.doubled = {name for step in steps for name in step.doubled}
+    plan.summed = {name for step in steps for name in step.summed} - plan.doubled

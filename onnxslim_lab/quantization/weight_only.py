@@ -21,7 +21,7 @@ from onnxslim_lab.quantization.weight_forms import write_dequantized, write_fuse
 from onnxslim_lab.quantization.weight_jobs import Job, WeightOnlyStep, make_job, select, weight_type
 from onnxslim_lab.quantization.weight_metric import table_metric
 from onnxslim_lab.quantization.weight_rounding import Scheme, needs_gram, rounded, shared_values, value_error
-from onnxslim_lab.statistics import Gram
+from onnxslim_lab.statistics import Gram, gram_source
 
 _STEM = "q"  # of the names of what decodes a weight
 _NARROW = 8  # bits of codes whose scales need no more than float16
@@ -178,7 +178,7 @@ def _with_grams(
     sources: dict[int, Layer] = {}
     if rounding != "nearest" and context.calibration is not None:
         sources = {n: job.layout.source for n, job in enumerate(jobs) if job.layout.source is not None}
-        sources = {n: layer for n, layer in sources.items() if layer.role != "R"}  # no value is its input
+        sources = {n: layer for n, layer in sources.items() if gram_source(layer)}
     found: Iterator[tuple[Layer, Gram]] = iter(())
     if sources and context.calibration is not None:
         found = context.calibration.grams(model, list(sources.values()))

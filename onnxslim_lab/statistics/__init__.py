@@ -1,7 +1,7 @@
 """Streaming statistics of activations: ranges, histograms, statistics per channel, Gram matrices."""
 
 from onnxslim_lab.statistics.cache import default_folder
-from onnxslim_lab.statistics.calibration import Calibration, gram_input
+from onnxslim_lab.statistics.calibration import Calibration, gram_input, gram_source
 from onnxslim_lab.statistics.collected import MissingStatistics, Statistics, Want
 from onnxslim_lab.statistics.gram import Gram
 from onnxslim_lab.statistics.values import Channels, Histogram, ValueStatistics
@@ -17,4 +17,5 @@ __all__ = [
     "Want",
     "default_folder",
     "gram_input",
+    "gram_source",
 ]

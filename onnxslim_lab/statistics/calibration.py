@@ -25,7 +25,7 @@ from onnxslim_lab.statistics.cache import (
 )
 from onnxslim_lab.statistics.collected import Place, Statistics, Want, place
 from onnxslim_lab.statistics.collected import key as key_of_value
-from onnxslim_lab.statistics.gathering import Gathering, arrangement, gram_input
+from onnxslim_lab.statistics.gathering import Gathering, arrangement, gram_input, gram_source
 from onnxslim_lab.statistics.gram import Gram
 from onnxslim_lab.statistics.hooked import Observer
 from onnxslim_lab.statistics.over_feeds import Feeds, sample_count
@@ -34,7 +34,7 @@ from onnxslim_lab.statistics.values import ValueStatistics
 from onnxslim_lab.worker.messages import Value
 from onnxslim_lab.worker.tally import Array, Tally
 
-__all__ = ["Calibration", "gram_input"]
+__all__ = ["Calibration", "gram_input", "gram_source"]
 
 _LEAST_MEMORY = 16 << 20
 
@@ -183,7 +183,7 @@ class Calibration:
                 "gram",
                 *content,
                 place(layer.graph),
-                gram_input(layer),
+                gram_source(layer),
                 arrangement(layer),
                 gathering.is_full(layer),
             )

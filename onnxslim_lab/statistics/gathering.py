@@ -29,6 +29,15 @@ def gram_input(layer: Layer) -> str:
     return str(layer.node.input[index])
 
 
+def gram_source(layer: Layer) -> str:
+    """Return the value that a layer's Gram matrix is made of; "" where there is none.
+
+    It is what the layer multiplies. Of R it is the hidden states that the node gives: all that R met but the
+    initial ones, and the last, which it did not meet. A node that gives its last state alone does not tell them.
+    """
+    return str(layer.node.output[0]) if layer.role == "R" else gram_input(layer)
+
+
 def arrangement(layer: Layer) -> str:
     """Return a text that is equal for layers of the main graph that make the same rows of the same input."""
     form = pack_kind(layer.kind)
@@ -52,8 +61,8 @@ class Gathering(OverFeeds):
 
     def run(self, layers: Sequence[Layer]) -> Iterator[Gram]:
         """Yield the Gram matrix of each layer, in order."""
-        self._values = {id(layer): gram_input(layer) for layer in layers}
-        self._places = {id(layer): key(layer.graph, gram_input(layer))[0] for layer in layers}
+        self._values = {id(layer): gram_source(layer) for layer in layers}
+        self._places = {id(layer): key(layer.graph, gram_source(layer))[0] for layer in layers}
         groups = self._groups(layers)
         if len(groups) > 1:  # who takes the first may edit the model before asking for the next
             self._model = self._model.copy()
