@@ -15,6 +15,8 @@ from onnxslim_lab.rewriting.gemms import absorb_result_transpose, absorb_transpo
 from onnxslim_lab.rewriting.merging import merge
 from onnxslim_lab.rewriting.pads import fold_pad
 from onnxslim_lab.rewriting.sinks import Sink, find_sink, sink_at
+from onnxslim_lab.rewriting.taps import drop_taps
+from onnxslim_lab.rewriting.windows import skip_windows, trim_end
 
 _SUMS = ("Add", "Sum")
 _PRODUCTS = ("MatMul", "Gemm")
@@ -31,6 +33,8 @@ class FuseLinear(Pass):
     before: y = MatMul(A, Transpose(B))          after: y = Gemm<transB = 1>(A, B)
     before: y = Conv<pads = p>(Pad<q>(x))        after: y = Conv<pads = p + q>(x)
     before: y = Mul(Mul(x, a), b)                after: y = Mul(x, a b)
+    before: y = Conv<pads = [1, 1]>(x, W[3])     after: y = Conv<pads = [0, 0]>(x, W[1]), x of size 1
+    before: y = Slice<i>(Conv(Pad<b>(x), W))     after: y = Slice<i - n>(Conv(Pad<b - n stride>(x), W))
 
     A scalar factor also goes back through Reshape, Transpose, MatMul, Relu ... into the layer before them,
     and a scale that a shift separates from the layer after it changes places with the shift.
@@ -38,9 +42,13 @@ class FuseLinear(Pass):
     after them, or into a neighbouring BatchNormalization, Mul or Add. Pad goes into Conv, AveragePool and
     MaxPool where the border means the same. Computed in float64, rounded once.
 
+    Taps at the ends of a kernel that only ever meet padding go. A Pad of any mode but wrap adds less where all
+    that reads the Conv after it slices its first windows away, and where its last window ends before the Pad.
+
     refuses: layers with other readers; weights used by several nodes, quantized, computed or stored in a
     narrower type than used; constants that are not one number per channel; shifts that would have to cross
-    padding; zero divisors; results that would leave the range of their type or make the file larger.
+    padding; zero divisors; results that would leave the range of their type or make the file larger; taps
+    along axes whose size is not known.
     """
 
     exact: ClassVar[bool] = True
@@ -81,9 +89,22 @@ def fuse(graph: Graph, node: NodeProto) -> Result:
     if node.op_type == "Transpose" and not absorb_result_transpose(graph, node):
         return "made the product in transposed form", "", ()
     if node.op_type == "Pad":
-        reason = fold_pad(graph, node)
-        return ("", reason, ()) if reason else ("folded into the pads after it", "", ())
+        return _fuse_pad(graph, node)
+    if node.op_type == "Conv":
+        done = drop_taps(graph, node)
+        return done, "", (node.input[1],) if done else ()
     return "", reason, ()
+
+
+def _fuse_pad(graph: Graph, node: NodeProto) -> Result:
+    done = skip_windows(graph, node)  # first, since the Conv may take what is left
+    if done:
+        return done, "", ()
+    reason = fold_pad(graph, node)
+    if not reason:
+        return "folded into the pads after it", "", ()
+    done = trim_end(graph, node)
+    return done, "" if done else reason, ()
 
 
 def _folded(sink: Sink, how: str = "") -> Result:

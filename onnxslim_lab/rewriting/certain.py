@@ -35,6 +35,14 @@ def integers(graph: Graph, node: NodeProto, name: str, index: int | None) -> lis
     return None if values is None else [int(number) for number in values.reshape(-1)]
 
 
+def trusted_shape(graph: Graph, value: str) -> tuple[Dim, ...] | None:
+    """Return a value's shape, None where the model only declares it: that of an output may not be what it is."""
+    scope = graph.scope_of(value)
+    if scope is None or (scope.is_output(value) and scope.producer(value) is not None):
+        return None
+    return graph.shape_of(value)
+
+
 def broadcasts_into(other: tuple[Dim, ...] | None, target: tuple[Dim, ...] | None) -> bool:
     """Whether broadcasting with `other` leaves the shape `target` as it is.
 

@@ -15,6 +15,7 @@ from onnxslim_lab.errors import quote
 from onnxslim_lab.graph import Graph, attribute, domain_of, is_op
 from onnxslim_lab.kernels import Kernel, lookup, run, sizes
 from onnxslim_lab.kernels.dtypes import dtype_of_number
+from onnxslim_lab.rewriting.certain import trusted_shape
 from onnxslim_lab.rewriting.signature import is_random
 from onnxslim_lab.weights import Array, to_array
 
@@ -108,10 +109,7 @@ class ConstantSteps:
         """Take a Shape or Size whose result the inferred shape gives."""
         if not (is_op(node, "Shape") or is_op(node, "Size")) or has_reference(node) or not node.input:
             return False
-        name = node.input[0]
-        if self.graph.is_output(name) and self.graph.producer(name) is not None:
-            return False  # its shape is what the model declares, which may not be what it is
-        shape = self.graph.shape_of(name)
+        shape = trusted_shape(self.graph, node.input[0])
         if shape is None:
             return False
         if node.op_type == "Shape":
