@@ -55,6 +55,8 @@ class BiasSlot:
         """
         names = [self.value]
         readers = self.graph.consumers(self.value)
+        if len(readers) == 1 and is_op(readers[0], "Unsqueeze"):  # of a Gemm that was a Conv of one window
+            names.append(readers[0].output[0])
         if len(readers) == 1 and is_op(readers[0], "LeakyRelu") and attribute(readers[0], "alpha", 0.01) == 1:
             names.append(readers[0].output[0])
             readers = self.graph.consumers(names[-1])

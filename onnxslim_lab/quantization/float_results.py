@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from onnx import TensorProto
+from onnx import NodeProto, TensorProto
 
-from onnxslim_lab.graph import attribute
+from onnxslim_lab.graph import Graph, attribute, domain_of
 from onnxslim_lab.layers import Layer
 from onnxslim_lab.quantization.placement import Placement, fused_output
 from onnxslim_lab.quantization.plan import Plan
 from onnxslim_lab.quantization.static_layers import StaticLayer
 from onnxslim_lab.quantization.terms import why_not_terms
 from onnxslim_lab.quantization.unrolling import windows_of
+
+_PASSING = frozenset({"Clip", "Flatten", "LeakyRelu", "Relu", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,8 @@ def _is_wanted(plan: Plan, placed: Placement, layer: Layer) -> bool:
 def splittable(plan: Plan, without: Collection[str]) -> list[Split]:
     """Return the values that layers may read as two terms when all but `without` run on codes.
 
-    With each value, the layers that read it and the convolutions that give float sums then, because nothing
-    takes their result in codes.
+    With each value, the layers that read it and the convolutions that give float sums then: those whose result
+    nothing takes in codes any more, and the one that makes the value.
     """
     if not plan.scheme.by_codes:
         return []
@@ -89,6 +91,16 @@ def splittable(plan: Plan, without: Collection[str]) -> list[Split]:
         ]
         if not any(reasons):
             names = {layer.name for layer in layers}
-            after = {layer.name for layer in summable_layers(plan, names.union(without))}
-            found.append(Split(value, tuple(layers), frozenset(after - before)))
+            after = {layer.name: layer for layer in summable_layers(plan, names.union(without))}
+            behind = _made_by(layers[0].layer.graph, value)
+            sums = {name for name, one in after.items() if name not in before or one.layer.node is behind}
+            found.append(Split(value, tuple(layers), frozenset(sums - plan.summed)))
     return found
+
+
+def _made_by(graph: Graph, value: str) -> NodeProto | None:
+    """Return what makes a value, before it is activated and moved."""
+    node = graph.producer(value)
+    while node is not None and node.op_type in _PASSING and not domain_of(node.domain):
+        node = graph.producer(node.input[0])
+    return node

@@ -6,9 +6,10 @@ from onnxslim_lab.base import Context, Outcome
 from onnxslim_lab.graph import Graph
 from onnxslim_lab.opset import raise_opset
 from onnxslim_lab.quantization.gates import split_hard_swish
+from onnxslim_lab.rewriting.whole_inputs import write_gemms
 
 
-def prepare(model: Graph, opset: int, context: Context, outcome: Outcome) -> None:
+def prepare(model: Graph, opset: int, context: Context, outcome: Outcome, *, gemms: bool = False) -> None:
     """Fuse what would stand between layers and their quantization, and raise the opset.
 
     BatchNormalization and constant factors move into the weights, activations get their names, functions are
@@ -18,7 +19,8 @@ def prepare(model: Graph, opset: int, context: Context, outcome: Outcome) -> Non
         model: The main graph, edited.
         opset: The least opset that the result may have.
         context: Of the pass.
-        outcome: Receives one change for the simplification and one for the opset.
+        outcome: Receives one change for the simplification, for the opset and for convolutions.
+        gemms: Whether convolutions along one axis that see all of their input at once become Gemm.
 
     Raises:
         ModelError: A node cannot be written in that opset.
@@ -32,6 +34,10 @@ def prepare(model: Graph, opset: int, context: Context, outcome: Outcome) -> Non
     if before < opset:
         raise_opset(model, opset)
         outcome.change(model.name or "model", f"opset raised from {before} to {opset}")
+    written = 0
     for graph in model.walk():
         split_hard_swish(graph)
+        written += write_gemms(graph) if gemms else 0
+    if written:
+        outcome.change(model.name or "model", f"{written} convolutions of one window became Gemm")
     model.infer()

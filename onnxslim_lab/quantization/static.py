@@ -111,7 +111,8 @@ def plan_static(
     if context.calibration is None:
         raise ParameterError("quantize needs calibration data to choose the ranges of activations by")
     half = any(layer.stored.used_type == 10 for target in targets for layer in target.layers)
-    prepare(model, least_opset(scheme, half=half), context, outcome)
+    opset = least_opset(scheme, half=half)
+    prepare(model, opset, context, outcome, gemms=scheme.profile.is_onnxruntime)
     targets = select(model, step, outcome)
     dims = fed_sizes(model, next(iter(context.calibration.data.feeds), {}))
     macs = model_macs(model, dims)

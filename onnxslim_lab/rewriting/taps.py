@@ -36,7 +36,7 @@ def drop_taps(graph: Graph, node: NodeProto) -> str:
         return ""
     done = "dropped padding that no window reads"
     if any(new.taps < old.taps for new, old in zip(kept, axes, strict=True)):
-        weight = _own_weight(graph, node)
+        weight = own_weight(graph, node)
         if weight is None:
             return ""
         stretches = [slice(first, first + axis.taps) for first, axis in found]
@@ -75,7 +75,7 @@ def _shortened(axis: KernelAxis, length: Dim) -> tuple[int, KernelAxis]:
     return first, trimmed
 
 
-def _own_weight(graph: Graph, node: NodeProto) -> Array | None:
+def own_weight(graph: Graph, node: NodeProto) -> Array | None:
     """Return a Conv's weight, None where it is no real constant of this graph or something else reads it too."""
     name = node.input[1]
     known = graph.constant_type(name)
