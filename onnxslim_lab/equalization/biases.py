@@ -13,7 +13,7 @@ from onnxslim_lab.equalization.indexing import Array
 from onnxslim_lab.graph import Graph, attribute, domain_of, is_op
 from onnxslim_lab.layer_views.storage import FLOATS, is_static, numpy_dtype, set_by_caller
 from onnxslim_lab.quantization.operands import constant_product
-from onnxslim_lab.rewriting.patterns import added_to
+from onnxslim_lab.rewriting.patterns import added_to, sole_reader
 from onnxslim_lab.statistics.collected import place
 
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -123,6 +123,11 @@ def _slot(graph: Graph, node: NodeProto) -> BiasSlot | str:
 def _after_product(graph: Graph, node: NodeProto, axis: int) -> BiasSlot:
     """Return the slot in the Add of a constant after a product, or a new one before its readers."""
     value = node.output[0]
+    total = sole_reader(graph, value)
+    if total is not None and is_op(total, "Sum") and len(total.input) == 2:
+        turn, index = sole_reader(graph, total.output[0]), 1 - list(total.input).index(value)
+        if turn is not None and _moves_channels(turn, axis) and _kind(graph, total.input[index]) == "float":
+            return BiasSlot(graph, node, turn.output[0], 1, "float", total, index)
     for turn in graph.consumers(value):
         add = added_to(graph, turn.output[0]) if _moves_channels(turn, axis) else None
         if add and graph.use_count(value) == 1 and _is_by_channel(graph, add[0].input[add[1]], value):

@@ -139,15 +139,18 @@ class Unroller:
         graph.remove(node)
         product = graph.emit("MatMul", [value, matrix], name=node.name)
         back = [0, axes + 1, *range(1, axes + 1)]
-        left = ""
+        made, left = product.output[0], ""
         if added is not None and apart:
             left, added = self._store(added.reshape(-1)), None
-        if added is None:
-            graph.emit("Transpose", list(product.output), [output], name="t", perm=back)
-        else:  # onnxruntime would make a Gemm of a MatMul and an Add behind it, and decode the weight for it
-            value = graph.emit("Transpose", list(product.output), name="t", perm=back).output[0]
+        # onnxruntime would make a Gemm of a MatMul and an Add behind it, and decode the weight for it
+        if added is not None and axes == 1:
+            made = graph.emit("Sum", [made, self._store(added.reshape(-1))], name="a").output[0]
+        if added is None or axes == 1:
+            graph.emit("Transpose", [made], [output], name="t", perm=back)
+        else:
+            made = graph.emit("Transpose", [made], name="t", perm=back).output[0]
             vector = self._store(added.reshape(-1, *[1] * axes))
-            graph.emit("Add", [value, vector], [output], name="a")
+            graph.emit("Add", [made, vector], [output], name="a")
         release(graph, gone)
         return Product(product, left)
 
