@@ -92,7 +92,7 @@ def _ours(options: str) -> Job:
     data = importlib.import_module("onnxslim_lab.data")
     judging = importlib.import_module("onnxslim_lab.quantization.output_loss")
     metrics = importlib.import_module("quantization_metrics")
-    ways = [("simplify", "equalize"), ("simplify",)]
+    ways: list[tuple[str, ...]] = [("simplify", "equalize"), ("simplify",)]
 
     def run(source: str, feeds: list[Feed], target: str) -> dict[str, Any]:
         tried = []
@@ -100,11 +100,11 @@ def _ours(options: str) -> Job:
         corrected = () if name in UNCORRECTED else ("correct-bias",)
         until = MORE.get(name, ENOUGH)
         terms = ",terms=2" if name in TERMS else ""
-        halves = [("simplify", "equalize:alpha=0.5")] if name in TERMS else []
+        tries = ways + ([("simplify", "equalize:alpha=0.5")] if name in TERMS else [])
         wanted = f"{options},float_until={until}{terms}"
         with lab.Runner(threads=1, memory=MEMORY) as runner:
             reference = runner.run(lab.Graph.load(source), feeds)
-            for number, first in enumerate(ways + halves):
+            for number, first in enumerate(tries):
                 result = lab.optimize(
                     source,
                     f"{target}.{number}",
@@ -135,7 +135,7 @@ def _ours(options: str) -> Job:
             file = Path(f"{target}.{other}")
             file.replace(target) if other == number else file.unlink()
         kept = [r.reason for step in report.steps for r in step.refusals]
-        chosen = " ".join((ways + halves)[number])
+        chosen = " ".join(tries[number])
         return {"float_macs": left_float, "way": chosen, "loss": loss, "refusals": kept[:40]}
 
     return run

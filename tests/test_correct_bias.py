@@ -102,6 +102,17 @@ def test_the_bias_of_a_convolution_written_as_a_product_is_behind_its_transpose(
     assert len(outcome.changes) == 1
 
 
+def test_the_bias_of_a_convolution_along_one_axis_is_in_a_sum_before_its_transpose():
+    before = CONV % (",1", "1,2,3,4", "", "c = Conv(u, w, b)")
+    product = (
+        "t = Transpose<perm = [0,2,1]>(u) m = MatMul(t, w) s = Sum(m, b) c = Transpose<perm = [0,2,1]>(s)"
+    )
+    graph, outcome, worse, after = correct(before, CONV % ("", "1,3,2,3", "", product))
+    assert after < worse / 3
+    assert [node.op_type for node in graph.nodes].count("Add") == 0
+    assert len(outcome.changes) == 1
+
+
 QDQ = """g (float[8,2] x) => (float[8,2] y)
     <int8[2,2] w = {1,2,3,3}, float s = {1}, float sx = {0.02}, uint8 zx = {0} %s>
     { p = Abs(x) q = QuantizeLinear(p, sx, zx) d = DequantizeLinear(q, sx, zx)

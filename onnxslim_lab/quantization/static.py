@@ -201,6 +201,9 @@ def _two_terms(judge: Judge, left: list[str], step: Quantize, context: Context, 
     terms = choose_terms(judge, left, context, enough)
     if not terms.layers:
         why = _why_none(terms.before, enough)
+        if terms.after < terms.before:
+            both = f"{decibels(terms.before):.1f} to {decibels(terms.after):.1f} dB"
+            why = f"falls from {both} with results that stay float"
         outcome.refuse(plan.model.name, f"no input is of two terms: the output error {why}")
         return terms.after
     share = terms.macs / max(plan.macs, 1)

@@ -23,6 +23,7 @@ from onnxslim_lab.floats import Array
 from onnxslim_lab.graph import Graph, attribute, is_op
 from onnxslim_lab.layer_views.storage import set_by_caller
 from onnxslim_lab.quantization.operands import bias_values, read, zero_of
+from onnxslim_lab.rewriting.certain import integers
 from onnxslim_lab.rewriting.removal import release
 from onnxslim_lab.shapes import Dim
 
@@ -201,10 +202,9 @@ class Unroller:
     def _unsqueezed(self, value: str) -> str:
         """Return what a value of shape (images, 1, places) is made of by an Unsqueeze, else the value."""
         node = self.graph.producer(value)
-        if node is None or not is_op(node, "Unsqueeze"):
+        if node is None or not is_op(node, "Unsqueeze") or integers(self.graph, node, "axes", 1) != [1]:
             return value
-        axes = self.graph.constant(node.input[1]) if len(node.input) > 1 else attribute(node, "axes")
-        return node.input[0] if axes is not None and [*np.ravel(axes)] == [1] else value
+        return node.input[0]
 
     def _places_of(self, source: str, windows: Windows, taps: Array) -> str:
         """Emit the places of each window's taps, by the number of places at inference; return their name."""
