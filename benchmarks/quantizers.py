@@ -25,7 +25,7 @@ from typing import Any
 
 OURS = "onnxslim_lab"
 TIMEOUT = 1800.0
-# its shifts, learned from 128 photographs, cost 0.4 and 1.0 % of the answers to 1,024 others, at equal SQNR
+# its shifts leave the answers to 1,280 other photographs as they are (97.6 and 97.7 % alike), at 0.5 dB more SQNR
 UNCORRECTED = frozenset({"efficientnet_lite0"})
 ENOUGH = 30  # dB of output error, for layers to be left in float; more where a target or a peer has less:
 SILERO = frozenset(
