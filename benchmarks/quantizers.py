@@ -25,7 +25,8 @@ from typing import Any
 
 OURS = "onnxslim_lab"
 TIMEOUT = 1800.0
-# its shifts leave the answers to 1,280 other photographs as they are (97.6 and 97.7 % alike), at 0.5 dB more SQNR
+# 0.5 dB by its shifts change no answers to speak of: 97.6 % as the original's instead of 97.7 of 1,280 photographs,
+# but 96.1 instead of 97.3 of the 256 that it is judged by
 UNCORRECTED = frozenset({"efficientnet_lite0"})
 ENOUGH = 30  # dB of output error, for layers to be left in float; more where a target or a peer has less:
 SILERO = frozenset(
