@@ -1,13 +1,17 @@
 """Inputs of two terms: what they compute, that onnxruntime runs them in integers, and where they are chosen."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from test_quantize import context_of, feeds_of, model_of, quantized, sqnr
 from test_quantize_shielding import optimized
 
-from onnxslim_lab.base import Outcome
+from onnxslim_lab.base import Context, Outcome
+from onnxslim_lab.layers import find_layers
 from onnxslim_lab.passes.quantize import Quantize
-from onnxslim_lab.quantization.float_results import splittable
+from onnxslim_lab.quantization import term_choice
+from onnxslim_lab.quantization.float_results import Split, splittable
 from onnxslim_lab.quantization.numerics import dequantize
 from onnxslim_lab.quantization.static import plan_static, scheme_of
 
@@ -310,3 +314,36 @@ def test_recurrent_weights_have_scales_of_blocks_where_the_outputs_gain(wide, sc
     assert "a scale per channel" in told["/R"]
     if wide:
         assert sqnr(graph, result, feeds) > sqnr(graph, plain, feeds) + 3
+
+
+def test_the_gram_matrix_of_recurrent_weights_is_that_of_the_states_the_node_gives():
+    graph = model_of(
+        "y, h = LSTM<hidden_size = 5>(x, w, r)",
+        {"w": (1, 20, 4), "r": (1, 20, 5)},
+        inputs="float[T,N,4] x",
+        outputs="float[T,1,N,5] y",
+    )
+    feeds = feeds_of((6, 2, 4), count=4)
+    calibration = context_of(feeds).calibration
+    (layer,) = [one for one in find_layers(graph)[0] if one.role == "R"]
+    ((_, gram),) = calibration.grams(graph, [layer])
+    states = np.concatenate([run["y"].reshape(-1, 5) for run in calibration.runner.run(graph, feeds)])
+    assert gram.count == len(states)
+    assert np.allclose(gram.xtx[0], states.T @ states, rtol=1e-4, atol=1e-5)
+
+
+def test_what_the_last_choice_made_superfluous_is_taken_back(monkeypatch):
+    """The layer that gained most at first is the dearest, and the other two are near enough without it."""
+    layers = [SimpleNamespace(name=name, macs=macs) for name, macs in (("a", 100), ("b", 10), ("c", 1))]
+    plan = SimpleNamespace(layers=layers, doubled=set(), summed=set())
+    losses = {"": 1.0, "a": 0.5, "b": 0.6, "c": 0.9, "ab": 0.3, "ac": 0.4, "abc": 0.04, "bc": 0.08}
+    judge = SimpleNamespace(plan=plan, loss=lambda **_: losses["".join(sorted(plan.doubled))])
+
+    def left(plan, _without):
+        return [Split(one.name, (one,), frozenset()) for one in layers if one.name not in plan.doubled]
+
+    monkeypatch.setattr(term_choice, "splittable", left)
+    monkeypatch.setattr(term_choice, "summable_layers", lambda *_: [])
+    terms = term_choice.choose_terms(judge, (), Context(), 0.1)
+    assert (terms.layers, terms.macs, terms.before, terms.after) == (("b", "c"), 11, 1.0, 0.08)
+    assert plan.doubled == {"b", "c"}
