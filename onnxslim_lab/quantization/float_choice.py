@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from onnxslim_lab.quantization.float_cost import FloatCost
-from onnxslim_lab.quantization.static_layers import StaticLayer
 
 GROUPS = 100
 """Most sets of layers whose effect is measured; longer models are cut into runs of neighbours."""
 
+_Item = TypeVar("_Item")
 _LEAST_LEFT = 0.02  # part of the loss that stays whatever is restored: what layers cause alone is an estimate
 _LARGEST_EXPONENT = 700.0  # that a float holds the power of; a price that high is never paid
 _ROOM = 1000  # units of the budget that sets of layers are packed by
@@ -63,10 +64,10 @@ class Choice:
         return sum(one.macs for one in self.restored)
 
 
-def groups_of(layers: Sequence[StaticLayer], most: int = GROUPS) -> list[tuple[StaticLayer, ...]]:
-    """Return the layers as runs of neighbours of equal length, at most so many."""
-    size = max(1, math.ceil(len(layers) / most))
-    return [tuple(layers[start : start + size]) for start in range(0, len(layers), size)]
+def groups_of(items: Sequence[_Item], most: int = GROUPS) -> list[tuple[_Item, ...]]:
+    """Return layers, or what has them, as runs of neighbours of equal length, at most so many."""
+    size = max(1, math.ceil(len(items) / most))
+    return [tuple(items[start : start + size]) for start in range(0, len(items), size)]
 
 
 def pack(candidates: Sequence[Restored], budget: float) -> list[Restored]:

@@ -14,8 +14,9 @@ from onnxslim_lab.quantization.plan import Plan
 from onnxslim_lab.quantization.static_layers import StaticLayer
 from onnxslim_lab.quantization.terms import why_not_terms
 from onnxslim_lab.quantization.unrolling import windows_of
+from onnxslim_lab.statistics.following import MOVING
 
-_PASSING = frozenset({"Clip", "Flatten", "LeakyRelu", "Relu", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
+_PASSING = MOVING | {"Clip", "LeakyRelu", "Relu"}
 
 
 @dataclass(frozen=True)

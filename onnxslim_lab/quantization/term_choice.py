@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from onnxslim_lab.base import Context
+from onnxslim_lab.quantization.float_choice import groups_of
 from onnxslim_lab.quantization.float_results import Split, splittable, summable_layers
 from onnxslim_lab.quantization.output_loss import Judge
 from onnxslim_lab.quantization.plan import Plan
@@ -98,8 +99,7 @@ def choose_terms(judge: Judge, without: Collection[str], context: Context, enoug
 
 def _steps(splits: list[Split]) -> list[_Step]:
     """Return values in runs of neighbours as what to choose together."""
-    size = max(1, -(-len(splits) // _MOST))
-    groups = [splits[first : first + size] for first in range(0, len(splits), size)]
+    groups = groups_of(splits, _MOST)
     doubled = [frozenset(layer.name for one in group for layer in one.readers) for group in groups]
     summed = [frozenset(name for one in group for name in one.sums) for group in groups]
     return [_Step(*both) for both in zip(doubled, summed, strict=True)]

@@ -21,59 +21,36 @@ from onnx import NodeProto, TensorProto
 
 from onnxslim_lab.floats import Array
 from onnxslim_lab.graph import Graph, attribute, is_op
-from onnxslim_lab.layer_views.storage import set_by_caller
 from onnxslim_lab.quantization.operands import bias_values, read, zero_of
 from onnxslim_lab.rewriting.certain import integers
+from onnxslim_lab.rewriting.kernel_axes import KernelAxis, axes_of
 from onnxslim_lab.rewriting.removal import release
 from onnxslim_lab.shapes import Dim
 
 
-@dataclass(frozen=True)
-class Windows:
-    """Where a kernel lies along its axis.
+def chunk(windows: KernelAxis, length: int) -> int:
+    """Return how many neighbouring places can be looked up at once in so many, those added at the ends included.
 
-    Attributes:
-        size, stride, step: Taps, what windows and what taps are apart.
-        before, after: Places added at the ends.
+    >>> chunk(KernelAxis(256, 128, 1, 0, 0), 640), chunk(KernelAxis(3, 2, 1, 0, 0), 64)
+    (128, 1)
     """
-
-    size: int
-    stride: int
-    step: int
-    before: int
-    after: int
-
-    def starts(self, length: int) -> range:
-        """Return where the windows begin in so many places, those added at the ends included."""
-        return range(0, length - (self.size - 1) * self.step, self.stride)
-
-    def chunk(self, length: int) -> int:
-        """Return how many neighbouring places can be looked up at once in so many.
-
-        >>> Windows(256, 128, 1, 0, 0).chunk(640), Windows(3, 2, 1, 0, 0).chunk(64)
-        (128, 1)
-        """
-        return math.gcd(self.size, self.stride, length) if self.step == 1 else 1
+    return math.gcd(windows.taps, windows.stride, length) if windows.dilation == 1 else 1
 
 
-def windows_of(node: NodeProto, shape: Sequence[int]) -> Windows | None:
+def windows_of(node: NodeProto, shape: Sequence[int]) -> KernelAxis | None:
     """Return the windows of a Conv by the shape of its weight, None when it is not one that can be a product.
 
     >>> from onnx import helper
     >>> windows_of(helper.make_node("Conv", ["x", "w"], ["y"], strides=[2], pads=[1, 0]), (8, 4, 3))
-    Windows(size=3, stride=2, step=1, before=1, after=0)
+    KernelAxis(taps=3, stride=2, dilation=1, before=1, after=0)
     """
-    if attribute(node, "group", 1) != 1 or set_by_caller(node):
+    axes = axes_of(node, shape)
+    if not axes or attribute(node, "group", 1) != 1:
         return None
-    if attribute(node, "auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
-        return None
-    axes = len(shape) - 2
-    strides, pads = attribute(node, "strides", [1] * axes), attribute(node, "pads", [0] * 2 * axes)
-    if axes == 1:
-        (step,) = attribute(node, "dilations", [1])
-        return Windows(int(shape[2]), strides[0], step, *pads)
-    every = {*map(int, shape[2:]), *strides} == {1} and not any(pads)
-    return Windows(1, 1, 1, 0, 0) if every else None
+    if len(axes) == 1:
+        return axes[0]
+    every = all(axis.taps == axis.stride == 1 and not axis.before + axis.after for axis in axes)
+    return KernelAxis(1, 1, 1, 0, 0) if every else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +136,7 @@ class Unroller:
         self,
         source: str,
         zero: list[str],
-        windows: Windows,
+        windows: KernelAxis,
         codes: Array,
         key: str,
         shape: Sequence[Dim] | None,
@@ -169,8 +146,8 @@ class Unroller:
         padded = bool(windows.before or windows.after)
         size = shape[2] if shape is not None and len(shape) == 3 else None
         length = size + windows.before + windows.after if isinstance(size, int) else 0
-        chunk = windows.chunk(length) if length else 1
-        if channels == 1 and chunk > 1 and not padded:
+        piece = chunk(windows, length) if length else 1
+        if channels == 1 and piece > 1 and not padded:
             value = self._unsqueezed(source)  # of one channel, the last axis is the channels' already
         else:
             last = [0, *range(2, codes.ndim), 1]
@@ -178,20 +155,24 @@ class Unroller:
         if padded:
             pads = self._store(np.array([0, windows.before, 0, 0, windows.after, 0], np.int64))
             value = graph.emit("Pad", [value, pads, *zero], name="p").output[0]
-        if windows.size == windows.stride == 1:
+        if windows.taps == windows.stride == 1:
             return value
-        row = windows.size * channels
-        starts = windows.starts(length)
-        if length == len(starts) * windows.size > 0 and windows.stride == windows.size and windows.step == 1:
+        row = windows.taps * channels
+        starts = range(0, length - windows.span + 1, windows.stride)
+        if (
+            length == len(starts) * windows.taps > 0
+            and windows.stride == windows.taps
+            and windows.dilation == 1
+        ):
             whole = self._store(np.array([0, len(starts), row], np.int64))
             return graph.emit("Reshape", [value, whole], name="w").output[0]
-        if chunk > 1:
-            cut = self._store(np.array([0, length // chunk, chunk * channels], np.int64))
+        if piece > 1:
+            cut = self._store(np.array([0, length // piece, piece * channels], np.int64))
             value = graph.emit("Reshape", [value, cut], name="w").output[0]
         if key not in self._places:
-            taps = np.arange(0, windows.size, chunk)[None] * windows.step // chunk
+            taps = np.arange(0, windows.taps, piece)[None] * windows.dilation // piece
             self._places[key] = (
-                self._store(np.array(starts)[:, None] // chunk + taps)
+                self._store(np.array(starts)[:, None] // piece + taps)
                 if length
                 else self._places_of(source, windows, taps)
             )
@@ -206,12 +187,12 @@ class Unroller:
             return value
         return node.input[0]
 
-    def _places_of(self, source: str, windows: Windows, taps: Array) -> str:
+    def _places_of(self, source: str, windows: KernelAxis, taps: Array) -> str:
         """Emit the places of each window's taps, by the number of places at inference; return their name."""
         graph = self.graph
         shape = graph.emit("Shape", [source], name="l").output[0]
         length = graph.emit("Gather", [shape, self._store(np.asarray(2))], name="l").output[0]
-        short = (windows.size - 1) * windows.step - windows.before - windows.after
+        short = windows.span - 1 - windows.before - windows.after
         end = graph.emit("Sub", [length, self._store(np.asarray(short))], name="l").output[0]
         ends = [self._store(np.asarray(0)), end, self._store(np.asarray(windows.stride))]
         starts = graph.emit("Range", ends, name="l").output[0]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from onnx import NodeProto
 
 from onnxslim_lab.graph import Graph, attribute
 from onnxslim_lab.layer_views.storage import set_by_caller
+from onnxslim_lab.shapes import Dim
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,21 @@ class KernelAxis:
 
 def kernel_axes(graph: Graph, node: NodeProto) -> list[KernelAxis] | None:
     """Return the spatial axes of a Conv, None where they are not known or padded by size."""
-    automatic = attribute(node, "auto_pad", "NOTSET")
-    if set_by_caller(node) or len(node.input) < 2 or automatic not in ("NOTSET", "VALID"):
+    if len(node.input) < 2:
         return None
     constant = graph.constant_type(node.input[1])
     shape = constant[1] if constant else graph.shape_of(node.input[1])
-    taps = [size for size in shape or () if isinstance(size, int) and size > 0][2:]
+    return None if shape is None else axes_of(node, shape)
+
+
+def axes_of(node: NodeProto, shape: Sequence[Dim]) -> list[KernelAxis] | None:
+    """Return the spatial axes of a Conv by the shape of its weight, None as `kernel_axes`."""
+    automatic = attribute(node, "auto_pad", "NOTSET")
+    if set_by_caller(node) or automatic not in ("NOTSET", "VALID"):
+        return None
+    taps = [size for size in shape if isinstance(size, int) and size > 0][2:]
     rank = len(taps)
-    if shape is None or not rank or len(shape) != rank + 2:
+    if not rank or len(shape) != rank + 2:
         return None
     strides, dilations = attribute(node, "strides", [1] * rank), attribute(node, "dilations", [1] * rank)
     pads = attribute(node, "pads", [0] * 2 * rank) if automatic == "NOTSET" else [0] * 2 * rank

@@ -12,6 +12,7 @@ from onnx import NodeProto, helper
 from onnxslim_lab.graph import Graph, attribute, is_op
 from onnxslim_lab.layer_views.storage import FLOATS, set_by_caller
 from onnxslim_lab.rewriting.affine import drop_unused
+from onnxslim_lab.shapes import Dim
 
 
 def scalar(graph: Graph, value: str) -> float | None:
@@ -63,6 +64,14 @@ def sole_reader(graph: Graph, value: str) -> NodeProto | None:
     """Return the only node that reads a value, None when there are others or it is an output."""
     readers = graph.consumers(value)
     return readers[0] if len(readers) == 1 and not graph.is_output(value) else None
+
+
+def reshape_value(graph: Graph, value: str, shape: Sequence[Dim] | None) -> None:
+    """Record another shape of a value, None where it is not known; what the model declared of it goes."""
+    data_type = graph.dtype_of(value)
+    graph.undeclare(value)
+    if shape is not None:
+        graph.set_type(value, data_type, shape)
 
 
 def added_to(graph: Graph, value: str) -> tuple[NodeProto, int] | None:

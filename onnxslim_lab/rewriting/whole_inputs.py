@@ -10,8 +10,9 @@ from onnx import NodeProto
 from onnxslim_lab.graph import Graph, attribute, domain_of, is_op
 from onnxslim_lab.layer_views.storage import set_by_caller
 from onnxslim_lab.rewriting.certain import integers, trusted_shape
+from onnxslim_lab.rewriting.constant_integers import put_integers
 from onnxslim_lab.rewriting.kernel_axes import kernel_axes
-from onnxslim_lab.rewriting.patterns import sole_reader
+from onnxslim_lab.rewriting.patterns import reshape_value, sole_reader
 from onnxslim_lab.rewriting.removal import label, release
 from onnxslim_lab.rewriting.taps import own_weight
 from onnxslim_lab.shapes import Dim
@@ -116,13 +117,12 @@ def _move_axis(graph: Graph, view: NodeProto) -> None:
     if list(attribute(reader, "perm", [])) != _TURN or not graph.replace_value(reader.output[0], value):
         return
     graph.remove(reader)
-    graph.set_constant(view.input[1], np.array([1]))
+    put_integers(graph, view, 1, [1])
     for name in chain:
         _retype(graph, name, _TURN)
 
 
 def _retype(graph: Graph, value: str, axes: Sequence[int]) -> None:
     """Record that a value has these axes of what it had."""
-    shape, data_type = graph.shape_of(value), graph.dtype_of(value)
-    graph.undeclare(value)
-    graph.set_type(value, data_type, None if shape is None else [shape[axis] for axis in axes])
+    shape = graph.shape_of(value)
+    reshape_value(graph, value, None if shape is None else [shape[axis] for axis in axes])

@@ -14,7 +14,7 @@ from onnxslim_lab.rewriting.constant_integers import put_integers
 from onnxslim_lab.rewriting.cuts import Cut, read_cut, shift_cut
 from onnxslim_lab.rewriting.kernel_axes import KernelAxis, kernel_axes
 from onnxslim_lab.rewriting.pads import pad_widths
-from onnxslim_lab.rewriting.patterns import sole_reader
+from onnxslim_lab.rewriting.patterns import reshape_value, sole_reader
 
 # What these put at a place does not depend on how many places there are.
 _MODES = ("constant", "reflect", "edge")
@@ -179,9 +179,8 @@ def _narrow(graph: Graph, padded: _Padded, place: int, begin: int, end: int) -> 
 
 def _resize(graph: Graph, value: str, axis: int, less: int) -> None:
     """Record that a value is so much shorter along an axis."""
-    shape, data_type = graph.shape_of(value), graph.dtype_of(value)
-    graph.undeclare(value)
+    shape = graph.shape_of(value)
     if shape is not None:
         size = shape[axis]
-        sizes = [*shape[:axis], size - less if isinstance(size, int) else None, *shape[axis + 1 :]]
-        graph.set_type(value, data_type, sizes)
+        shape = (*shape[:axis], size - less if isinstance(size, int) else None, *shape[axis + 1 :])
+    reshape_value(graph, value, shape)
