@@ -162,6 +162,34 @@ def test_views_in_a_row():
     assert operators(graph) == ["Transpose", "Flatten"]
 
 
+def test_views_with_activations_between_them():
+    graph, _ = simplified(
+        """g (float[n, 4, s] x) => (float[?] y) <int64[1] a = {1}> {
+        u = Unsqueeze(x, a) r = Relu(u) t = Tanh(r) y = Squeeze(t, a) }"""
+    )
+    assert operators(graph) == ["Relu", "Tanh"]
+    graph, _ = simplified(
+        """g (float[n, 4] x) => (float[?] y) <int64[1] a = {2}> {
+        u = Unsqueeze(x, a) r = Relu(u) y = Transpose<perm = [0, 2, 1]>(r) }"""
+    )
+    assert operators(graph) == ["Relu", "Reshape"]
+    graph, _ = simplified(
+        """g (float[n, 4] x) => (float[?] y) <int64[1] a = {2}> {
+        u = Unsqueeze(x, a) r = Relu(u) y = Transpose<perm = [1, 0, 2]>(r) }"""
+    )
+    assert operators(graph) == ["Unsqueeze", "Relu", "Transpose"], "the Transpose moves elements"
+    graph, _ = simplified(
+        """g (int64[n, 4] x) => (int64[?] y) <int64[1] a = {0}> {
+        s = Shape<end = 1>(x) u = Unsqueeze(s, a) g = Neg(u) y = Unsqueeze(g, a) }"""
+    )
+    assert len(operators(graph)) == 4, "sizes"
+    graph, _ = simplified(
+        """g (float[n, 4, s] x) => (float[?] y, float[?] r) <int64[1] a = {1}> {
+        u = Unsqueeze(x, a) r = Relu(u) y = Squeeze(r, a) }"""
+    )
+    assert operators(graph) == ["Unsqueeze", "Relu", "Squeeze"], "another result is read with the axis"
+
+
 def test_axes_joined_moved_and_split_again():
     graph, _ = simplified(
         """g (float[n, 12, s, 8] x) => (float[?] y) <int64[1] minus = {-1}, int64[1] eight = {8}, int64[1] twelve = {12}> {

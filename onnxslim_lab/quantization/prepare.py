@@ -6,7 +6,7 @@ from onnxslim_lab.base import Context, Outcome
 from onnxslim_lab.graph import Graph
 from onnxslim_lab.opset import raise_opset
 from onnxslim_lab.quantization.gates import split_hard_swish
-from onnxslim_lab.rewriting.whole_inputs import write_gemms
+from onnxslim_lab.rewriting.window_rows import write_gemms
 
 
 def prepare(model: Graph, opset: int, context: Context, outcome: Outcome, *, gemms: bool = False) -> None:
@@ -20,14 +20,12 @@ def prepare(model: Graph, opset: int, context: Context, outcome: Outcome, *, gem
         opset: The least opset that the result may have.
         context: Of the pass.
         outcome: Receives one change for the simplification, for the opset and for convolutions.
-        gemms: Whether convolutions along one axis that see all of their input at once become Gemm.
+        gemms: Whether convolutions along one axis whose windows are rows of a matrix become Gemm.
 
     Raises:
         ModelError: A node cannot be written in that opset.
     """
-    from onnxslim_lab.passes.simplify import Simplify  # noqa: PLC0415 - passes import this package
-
-    edits = len(Simplify().run(model, Context(seed=context.seed, memory=context.memory)).changes)
+    edits = _simplify(model, context)
     if edits:
         outcome.change(model.name or "model", f"simplified before quantization: {edits} exact edits")
     before = model.opset()
@@ -39,5 +37,13 @@ def prepare(model: Graph, opset: int, context: Context, outcome: Outcome, *, gem
         split_hard_swish(graph)
         written += write_gemms(graph) if gemms else 0
     if written:
-        outcome.change(model.name or "model", f"{written} convolutions of one window became Gemm")
+        outcome.change(model.name or "model", f"{written} convolutions whose windows are rows became Gemm")
+        _simplify(model, context)  # of the views beside them
     model.infer()
+
+
+def _simplify(model: Graph, context: Context) -> int:
+    """Simplify a model; return the number of edits."""
+    from onnxslim_lab.passes.simplify import Simplify  # noqa: PLC0415 - passes import this package
+
+    return len(Simplify().run(model, Context(seed=context.seed, memory=context.memory)).changes)

@@ -138,6 +138,10 @@ class Facts:
                 self.constants[key] = (found[1], items)
         return self.constants[key]
 
+    def reshape(self, value: str, shape: Shape | None) -> None:
+        """Record that an edit gave an output of this graph another shape."""
+        self._shapes[value] = shape
+
     def know(self, value: str, shape: Shape | None, values: Elements | None) -> None:
         """Record what a rule derived for an output of this graph; inferred sizes that are static win."""
         inferred = self.graph.shape_of(value)

@@ -1,10 +1,11 @@
-"""Operators that only rearrange axes: two in a row become one."""
+"""Operators that only rearrange axes: two become one, in a row or with activations between them."""
 
 from __future__ import annotations
 
 from onnx import NodeProto
 
 from onnxslim_lab.nodes import attribute, domain_of, is_op
+from onnxslim_lab.rewriting.transposable import UNARY
 from onnxslim_lab.symbols.dimensions import Size, multiply
 from onnxslim_lab.symbols.facts import Facts, Shape, Step
 from onnxslim_lab.symbols.size_editor import SizeEditor
@@ -15,28 +16,64 @@ VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose")
 
 
 def view(editor: SizeEditor, node: NodeProto) -> bool:
-    """Two views in a row become one; three, of which the middle one is a Transpose, one Transpose."""
+    """Two views become one; three in a row, of which the middle one is a Transpose, one Transpose.
+
+    Activations between two views do not mind the axes. They run before the one that is left, right behind what
+    makes the value, where a runtime fuses them with it.
+    """
     graph, facts = editor.graph, editor.facts
-    first = sole_source(editor, node.input[0])
+    first, between = behind_activations(editor, node.input[0])
     if first is None or first.op_type not in VIEWS or graph.opset() < 5:
-        return picked(editor, node, first)
+        return picked(editor, node)
     if is_op(first, "Transpose") and not is_view(facts, first):
-        return transposed(editor, node, first)
+        return not between and transposed(editor, node, first)
     if not is_view(facts, node):
         return False
-    shape, result = facts.shape(first.input[0]), facts.shape(node.output[0])
+    source, result = first.input[0], facts.shape(node.output[0])
+    shape = facts.shape(source)
+    same = same_shape(shape, result)
+    target = reshape_target(shape, result) if result is not None else None
+    both = is_op(first, "Transpose") and is_op(node, "Transpose")
+    if not same and (target is None or both):
+        return False
     why = f"{first.op_type} and {node.op_type} became one view"
-    if same_shape(shape, result):
-        editor.replace(node, first.input[0], why)
+    if between:
+        run_on(editor, between, source)
+        source = between[-1].output[0]
+        why += f" behind {between[-1].op_type}"
+    if same:
+        editor.replace(node, source, why)
         editor.drop(first)
         return True
-    target = reshape_target(shape, result) if result is not None else None
-    if target is None or (is_op(first, "Transpose") and is_op(node, "Transpose")):
-        return False
-    made = editor.exchange(node, "Reshape", [first.input[0], editor.constant(target)], why)
+    assert target is not None
+    made = editor.exchange(node, "Reshape", [source, editor.constant(target)], why)
     editor.drop(first)
     view(editor, made)
     return True
+
+
+def behind_activations(editor: SizeEditor, value: str) -> tuple[NodeProto | None, list[NodeProto]]:
+    """Return what makes a value but for activations, which follow in order; nothing else reads what is between."""
+    chain: list[NodeProto] = []
+    node = sole_source(editor, value)
+    while node is not None and node.op_type in UNARY and len(node.output) == 1:
+        if editor.facts.values(node.output[0]) is not None:
+            return None, []  # sizes, which later edits know by their shape
+        chain.insert(0, node)
+        node = sole_source(editor, node.input[0])
+    return node, chain
+
+
+def run_on(editor: SizeEditor, activations: list[NodeProto], source: str) -> None:
+    """Let a chain of activations read a value of another shape."""
+    graph, facts = editor.graph, editor.facts
+    graph.set_input(activations[0], 0, source)
+    for node in activations:
+        value = node.output[0]
+        kind = graph.dtype_of(value)
+        graph.undeclare(value)
+        graph.set_type(value, kind, graph.shape_of(source))
+        facts.reshape(value, facts.shape(source))
 
 
 def sole_source(editor: SizeEditor, value: str) -> NodeProto | None:
@@ -100,8 +137,9 @@ def grouped(shape: Shape, joined: Shape) -> list[list[int]] | None:
     return groups if axis == len(shape) else None
 
 
-def picked(editor: SizeEditor, node: NodeProto, first: NodeProto | None) -> bool:
+def picked(editor: SizeEditor, node: NodeProto) -> bool:
     """Slice of one place, then Squeeze of that axis: Gather of the place."""
+    first = sole_source(editor, node.input[0])
     if not is_op(node, "Squeeze") or not is_op(first, "Slice"):
         return False
     assert first is not None

@@ -1,4 +1,4 @@
-"""Convolutions of one window as Gemm: that they compute the same, keep their names, and where they stay."""
+"""Convolutions whose windows are rows as Gemm: that they compute the same, keep their names, and where they stay."""
 
 import numpy as np
 import onnx
@@ -7,9 +7,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_quantize import context_of, feeds_of, model_of, quantized, sqnr
 
+from onnxslim_lab.base import Context
 from onnxslim_lab.graph import Graph
 from onnxslim_lab.passes.correct_bias import CorrectBias
-from onnxslim_lab.rewriting.whole_inputs import write_gemms
+from onnxslim_lab.passes.simplify import Simplify
+from onnxslim_lab.rewriting.window_rows import write_gemms
 
 ASKED = {"ranges": "minmax"}
 CHAIN = "a = Conv(x, w, b) r = Relu(a) y = Conv(r, v) "
@@ -26,6 +28,7 @@ def written(graph):
     result = graph.copy()
     result.infer()
     count = write_gemms(result)
+    Simplify().run(result, Context())
     onnx.checker.check_model(result.to_model(), full_check=True)
     return result, count
 
@@ -54,8 +57,52 @@ def test_the_axis_comes_where_a_transpose_would_move_it():
     body = CHAIN.replace("y =", "c =") + "d = Relu(c) y = Transpose<perm = [0, 2, 1]>(d)"
     graph = model_of(body, SIZES, inputs=SHAPES["inputs"], outputs="float[N,1,5] y")
     result, _ = written(graph)
-    assert kinds(result)[-2:] == ["Unsqueeze", "Relu"]
+    assert kinds(result)[-3:] == ["Gemm", "Relu", "Reshape"], "the Relu fuses with the Gemm"
     same(graph, result, feeds_of((2, 4, 3)))
+
+
+@pytest.mark.parametrize(
+    ("body", "shape", "size"),
+    [
+        (
+            "t = Transpose<perm = [0, 2, 1]>(x) c = Conv(t, w, b) s = Sigmoid(c) y = Flatten(s)",
+            "N,5,4",
+            (3, 5, 4),
+        ),
+        (
+            "t = Transpose<perm = [1, 2, 0]>(x) c = Conv(t, w, b) s = Sigmoid(c) y = Flatten(s)",
+            "T,1,4",
+            (5, 1, 4),
+        ),
+        ("t = Transpose<perm = [0, 2, 1]>(x) y = Conv(t, w)", "N,7,4", (2, 7, 4)),
+    ],
+)
+def test_one_channel_of_what_has_the_channels_last(body, shape, size):
+    used = {name: size for name, size in {"w": (1, 4, 1), "b": (1,)}.items() if name in body.split("Conv")[1]}
+    outputs = "float[N,1,7] y" if "Flatten" not in body else "float[P,Q] y"
+    graph = model_of(body, used, inputs=f"float[{shape}] x", outputs=outputs)
+    result, count = written(graph)
+    assert count == 1
+    assert "Transpose" not in kinds(result)
+    assert kinds(result)[:2] == ["Reshape", "Gemm"]
+    same(graph, result, feeds_of(size, count=2))
+
+
+@pytest.mark.parametrize(
+    ("body", "shape"),
+    [
+        ("t = Transpose<perm = [0, 2, 1]>(x) y = Conv(t, w)", "N,T,4"),  # as many sizes unknown
+        ("t = Transpose<perm = [1, 2, 0]>(x) y = Conv(t, w)", "5,3,4"),  # images between the places
+        ("t = Transpose<perm = [2, 0, 1]>(x) y = Conv(t, w)", "4,5,3"),
+        ("t = Transpose<perm = [0, 2, 1]>(x) y = Conv(t, v)", "N,7,4"),  # a Transpose back would be needed
+    ],
+)
+def test_channels_that_would_be_moved_stay(body, shape):
+    used = {"w": (1, 4, 1)} if "w)" in body else {"v": (2, 4, 1)}
+    if shape == "4,5,3":
+        used = {"w": (1, 5, 1)}
+    graph = model_of(body, used, inputs=f"float[{shape}] x", outputs="float[A,B,C] y")
+    assert written(graph)[1] == 0
 
 
 @pytest.mark.parametrize(
@@ -123,7 +170,9 @@ def test_random_chains_compute_the_same(layers, length, batch, turned):
 def test_quantized_and_excluded_under_their_names():
     graph, feeds = model_of(CHAIN, SIZES, **SHAPES), feeds_of((4, 4, 3), count=12)
     result, outcome = quantized(graph, feeds, **ASKED)
-    assert any("2 convolutions of one window became Gemm" in change.what for change in outcome.changes)
+    assert any(
+        "2 convolutions whose windows are rows became Gemm" in change.what for change in outcome.changes
+    )
     assert sqnr(graph, result, feeds_of((4, 4, 3), seed=5)) > 25
     for name, weight in (("a", "w"), ("y", "v")):
         part, outcome = quantized(graph, feeds, **ASKED, exclude=name)
