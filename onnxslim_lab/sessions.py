@@ -156,10 +156,7 @@ class Runner:
                 session = self._session(model, model.with_outputs(wanted), optimization)
                 session.check(feed, number)
                 doing = f"running model {model.title} on feed {number}"
-                try:
-                    answer = self._request(doing, "run", key=session.key, feed=feed, outputs=wanted)
-                except TypeError as error:
-                    raise DataError(f"feed {number}: {error}") from None
+                answer = self._request_on(number, doing, "run", key=session.key, feed=feed, outputs=wanted)
             yield answer["outputs"]
 
     def measure(
@@ -199,16 +196,8 @@ class Runner:
             self._request(doing, "measure", key=session.key, parallel=parallel, **specification)
             for number, feed, samples in feeds:
                 session.check(feed, number)
-                try:
-                    self._request(
-                        f"{doing} near feed {number}",
-                        "measure_feed",
-                        number=number,
-                        feed=feed,
-                        samples=samples,
-                    )
-                except TypeError as error:
-                    raise DataError(f"feed {number}: {error}") from None
+                near = f"{doing} near feed {number}"
+                self._request_on(number, near, "measure_feed", number=number, feed=feed, samples=samples)
             return self._request(doing, "measured")
 
     @property
@@ -237,12 +226,10 @@ class Runner:
             session = self._session(model, model.path, "all")
             session.check(feed, 0)
             doing = f"timing model {model.title}"
-            try:
-                answer = self._request(
-                    doing, "clock", key=session.key, feed=feed, outputs=list(model.outputs), enough=enough
-                )
-            except TypeError as error:
-                raise DataError(str(error)) from None
+            outputs = list(model.outputs)
+            answer = self._request_on(
+                0, doing, "clock", key=session.key, feed=feed, outputs=outputs, enough=enough
+            )
             return float(answer["seconds"])
 
     def noise(self, graph: Graph, feeds: Sequence[dict[str, Value]]) -> float:
@@ -314,6 +301,13 @@ class Runner:
                     f"execution provider {quote(provider)} is not available in this onnxruntime"
                     f"{suggest(provider, hello['providers'])}"
                 )
+
+    def _request_on(self, feed_number: int, doing: str, call: str, **arguments: Any) -> dict[str, Any]:
+        """Send a request with a feed, which may hold what cannot be sent."""
+        try:
+            return self._request(doing, call, **arguments)
+        except TypeError as error:
+            raise DataError(f"feed {feed_number}: {error}") from None
 
     def _request(self, doing: str, call: str, **arguments: Any) -> dict[str, Any]:
         """Send a request to the child; forget a child that died."""
