@@ -376,6 +376,17 @@ class GraphEdits(GraphValues):
             proto.opset_import.add(domain=domain, version=version)  # type: ignore[union-attr]
         self._changed()
 
+    def raise_ir(self, version: int) -> None:
+        """Declare a newer IR version; initializers that were listed as inputs because IR 3 wants that no longer are."""
+        proto = self._model.proto
+        if proto.ir_version >= version:
+            return
+        if proto.ir_version < 4:
+            for name in [name for name in self._inputs if name in self._initializers]:
+                self.remove_input(name)
+        proto.ir_version = version
+        self._changed()
+
     def set_metadata(self, key: str, value: str) -> None:
         """Create or replace an entry of the model's metadata_props."""
         for entry in self._model.proto.metadata_props:

@@ -46,6 +46,8 @@ class SimplifyShapes(Pass):
 
     before: Reshape(x[n, s, 12, 32], Concat(Unsqueeze(Gather(Shape(x), 0)), [-1, 384]))
     after:  Reshape(x, [0, -1, 384])
+    before: Flatten(Relu(Unsqueeze(Gemm(x))))
+    after:  Relu(Gemm(x))
     refuses: shapes with two or more sizes that only data or a second tensor gives
 
     >>> model = Graph.parse('''<ir_version: 8, opset_import: ["": 17]>

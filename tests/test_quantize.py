@@ -388,3 +388,19 @@ def test_channels_of_equal_scales_share_one(form):
     scales = [array for array in map(result.constant, result.initializers) if array.dtype == np.float32]
     assert {array.size for array in scales} <= {1} or form != "qdq"
     assert sqnr(graph, result, feeds) > 35
+
+
+def test_a_model_of_ir_3_gets_the_ir_of_its_new_opset_and_inputs_that_are_fed_alone():
+    proto = model_of(CONVS, SIZES, opset=9).to_model()
+    proto.ir_version = 3
+    proto.graph.input.extend(
+        onnx.helper.make_tensor_value_info(one.name, one.data_type, one.dims)
+        for one in proto.graph.initializer
+    )
+    graph, feeds = Graph.load(proto), feeds_of()
+    result, _ = quantized(graph, feeds, ranges="minmax")
+    made = result.to_model()
+    onnx.checker.check_model(made, full_check=True)
+    assert made.ir_version == 7
+    assert [value.name for value in made.graph.input] == ["x"]
+    assert sqnr(graph, result, feeds) > 25

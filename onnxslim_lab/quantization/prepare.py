@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from onnx import helper
+
 from onnxslim_lab.base import Context, Outcome
 from onnxslim_lab.graph import Graph
 from onnxslim_lab.opset import raise_opset
 from onnxslim_lab.quantization.gates import split_hard_swish
 from onnxslim_lab.rewriting.window_rows import write_gemms
+
+_NO_INPUTS = 4  # the first IR version in which initializers need not be listed as inputs, which takes bytes
 
 
 def prepare(model: Graph, opset: int, context: Context, outcome: Outcome, *, gemms: bool = False) -> None:
@@ -32,6 +36,8 @@ def prepare(model: Graph, opset: int, context: Context, outcome: Outcome, *, gem
     if before < opset:
         raise_opset(model, opset)
         outcome.change(model.name or "model", f"opset raised from {before} to {opset}")
+        if model.ir_version < _NO_INPUTS:
+            model.raise_ir(helper.OP_SET_ID_VERSION_MAP["ai.onnx", opset])
     written = 0
     for graph in model.walk():
         split_hard_swish(graph)
