@@ -25,6 +25,7 @@ EDITS: dict[str, tuple[Edit, ...]] = {
     "Flatten": (SizeEditor.unchanged, view_edits.view),
     "If": (shape_edits.condition,),
     "Range": (shape_edits.range_,),
+    **dict.fromkeys(view_edits.REDUCED, (view_edits.unstacked,)),
     "Reshape": (shape_edits.reshape, view_edits.view),
     "Resize": (shape_edits.resize,),
     "Slice": (shape_edits.slice_, view_edits.slices),
@@ -48,6 +49,8 @@ class SimplifyShapes(Pass):
     after:  Reshape(x, [0, -1, 384])
     before: Flatten(Relu(Unsqueeze(Gemm(x))))
     after:  Relu(Gemm(x))
+    before: ReduceMax<2>(Concat<2>(Unsqueeze<2>(x), Unsqueeze<2>(y)))
+    after:  Max(x, y)
     refuses: shapes with two or more sizes that only data or a second tensor gives
 
     >>> model = Graph.parse('''<ir_version: 8, opset_import: ["": 17]>

@@ -213,6 +213,39 @@ def test_stacked_inputs_are_concatenated_first():
     assert operators(graph) == ["Unsqueeze", "Unsqueeze", "Concat"]
 
 
+@pytest.mark.parametrize(
+    ("reduction", "expected"),
+    [("ReduceMax", "Max"), ("ReduceMin", "Min"), ("ReduceSum", "Sum"), ("ReduceMean", "Mean")],
+)
+@pytest.mark.parametrize("axis", [1, 2, -1])
+def test_a_reduction_of_a_stack_takes_the_values_one_by_one(reduction, expected, axis):
+    axes = "" if reduction == "ReduceSum" else f", axes = [{axis}]"
+    read = "c, a" if reduction == "ReduceSum" else "c"
+    graph, _ = simplified(
+        f"""g (float[n, 4] x, float[n, 4] z, float[n, 4] w) => (float[?] y) <int64[1] a = {{{axis}}}> {{
+        p = Unsqueeze(x, a) q = Unsqueeze(z, a) r = Unsqueeze(w, a) c = Concat<axis = {axis}>(p, q, r)
+        y = {reduction}<keepdims = 0{axes}>({read}) }}"""
+    )
+    assert operators(graph) == [expected]
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        "y = ReduceMax<keepdims = 0, axes = [1]>(c)",  # another axis
+        "y = ReduceMax<axes = [2]>(c)",  # which keeps its axis
+        "y = ReduceMax<keepdims = 0>(c)",  # all axes
+        "d = Relu(c) e = ReduceMax<keepdims = 0, axes = [2]>(c) y = MatMul(d, d)",  # read elsewhere
+    ],
+)
+def test_other_reductions_stay(last):
+    graph, _ = simplified(
+        f"""g (float[2, 2] x, float[2, 2] z) => (float[?] y) <int64[1] a = {{2}}> {{
+        p = Unsqueeze(x, a) q = Unsqueeze(z, a) c = Concat<axis = 2>(p, q) {last} }}"""
+    )
+    assert "Concat" in operators(graph)
+
+
 def test_resize_to_a_multiple():
     graph, _ = simplified(
         """g (float[1, 3, h, w] x) => (float[?] y) <int64[2] two = {2, 3}> {

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from onnx import NodeProto
 
+from onnxslim_lab.layer_views.storage import FLOATS, set_by_caller
 from onnxslim_lab.nodes import attribute, domain_of, is_op
+from onnxslim_lab.rewriting.patterns import sole_reader
 from onnxslim_lab.rewriting.transposable import UNARY
 from onnxslim_lab.symbols.dimensions import Size, multiply
 from onnxslim_lab.symbols.facts import Facts, Shape, Step
@@ -13,6 +15,7 @@ from onnxslim_lab.symbols.targets import reshape_target, same_shape
 from onnxslim_lab.symbols.value_rules import slice_bounds
 
 VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose")
+REDUCED = {"ReduceMax": "Max", "ReduceMin": "Min", "ReduceSum": "Sum", "ReduceMean": "Mean"}
 
 
 def view(editor: SizeEditor, node: NodeProto) -> bool:
@@ -188,6 +191,40 @@ def slices(editor: SizeEditor, node: NodeProto) -> bool:
     return True
 
 
+def unstacked(editor: SizeEditor, node: NodeProto) -> bool:
+    """A reduction along the axis that a Concat of Unsqueezes made: the same of what they read, element by element."""
+    graph, facts = editor.graph, editor.facts
+    joined = sole_source(editor, node.input[0])
+    if joined is None or joined.op_type != "Concat" or graph.dtype_of(node.output[0]) not in FLOATS:
+        return False
+    shape = facts.shape(joined.output[0])
+    if shape is None or set_by_caller(node) or graph.opset() < 8:
+        return False
+    axis = attribute(joined, "axis", 1) % len(shape)
+    if attribute(node, "keepdims", 1) or Step(facts, node).axes(1, len(shape)) != [axis]:
+        return False
+    sources = stacked(editor, joined, axis, len(shape))
+    if sources is None:
+        return False
+    made = REDUCED[node.op_type]
+    editor.exchange(node, made, sources, f"{node.op_type} of a stack of {len(sources)} values became {made}")
+    editor.drop(joined)
+    return True
+
+
+def stacked(editor: SizeEditor, node: NodeProto, axis: int, rank: int) -> list[str] | None:
+    """Return what every input of a Concat was before an Unsqueeze of that axis; None when one is something else."""
+    sources = []
+    for value in node.input:
+        source = editor.graph.producer(value)
+        if source is None or not is_op(source, "Unsqueeze"):
+            return None
+        if Step(editor.facts, source).axes(1, rank) != [axis]:
+            return None
+        sources.append(source.input[0])
+    return sources
+
+
 def stack(editor: SizeEditor, node: NodeProto) -> bool:
     """Concat along an axis that every input got from Unsqueeze: Concat of what they had, then one Reshape."""
     graph, facts = editor.graph, editor.facts
@@ -195,6 +232,9 @@ def stack(editor: SizeEditor, node: NodeProto) -> bool:
     if result is None or len(node.input) < 2 or len(set(node.input)) < len(node.input) or graph.opset() < 5:
         return False
     axis = attribute(node, "axis", 1) % len(result)
+    reader = sole_reader(graph, node.output[0])
+    if reader is not None and reader.op_type in REDUCED and unstacked(editor, reader):
+        return True
     sources = []
     for value in node.input:
         source = sole_source(editor, value)
