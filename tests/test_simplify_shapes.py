@@ -246,6 +246,16 @@ def test_other_reductions_stay(last):
     assert "Concat" in operators(graph)
 
 
+@pytest.mark.parametrize("reduction", ["ReduceMax", "ReduceMean"])
+def test_a_stack_in_float64_stays(reduction):
+    graph, _ = simplified(
+        f"""g (double[n, 4] x, double[n, 4] z) => (double[?] y) <int64[1] a = {{2}}> {{
+        p = Unsqueeze(x, a) q = Unsqueeze(z, a) c = Concat<axis = 2>(p, q)
+        y = {reduction}<keepdims = 0, axes = [2]>(c) }}"""
+    )
+    assert operators(graph)[-1] == reduction, "onnxruntime has no Mean of float64"
+
+
 def test_resize_to_a_multiple():
     graph, _ = simplified(
         """g (float[1, 3, h, w] x) => (float[?] y) <int64[2] two = {2, 3}> {

@@ -70,8 +70,7 @@ def reshape_value(graph: Graph, value: str, shape: Sequence[Dim] | None) -> None
     """Record another shape of a value, None where it is not known; what the model declared of it goes."""
     data_type = graph.dtype_of(value)
     graph.undeclare(value)
-    if shape is not None:
-        graph.set_type(value, data_type, shape)
+    graph.set_type(value, data_type, shape)
 
 
 def added_to(graph: Graph, value: str) -> tuple[NodeProto, int] | None:

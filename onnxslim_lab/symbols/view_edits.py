@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from onnx import NodeProto
+from onnx import NodeProto, TensorProto
 
-from onnxslim_lab.layer_views.storage import FLOATS, set_by_caller
+from onnxslim_lab.layer_views.storage import set_by_caller
 from onnxslim_lab.nodes import attribute, domain_of, is_op
-from onnxslim_lab.rewriting.patterns import sole_reader
+from onnxslim_lab.rewriting.patterns import reshape_value, sole_reader
 from onnxslim_lab.rewriting.transposable import UNARY
 from onnxslim_lab.symbols.dimensions import Size, multiply
 from onnxslim_lab.symbols.facts import Facts, Shape, Step
@@ -16,6 +16,7 @@ from onnxslim_lab.symbols.value_rules import slice_bounds
 
 VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose")
 REDUCED = {"ReduceMax": "Max", "ReduceMin": "Min", "ReduceSum": "Sum", "ReduceMean": "Mean"}
+_ELEMENTWISE = (TensorProto.FLOAT, TensorProto.FLOAT16)  # onnxruntime has no Mean of the others
 
 
 def view(editor: SizeEditor, node: NodeProto) -> bool:
@@ -72,11 +73,8 @@ def run_on(editor: SizeEditor, activations: list[NodeProto], source: str) -> Non
     graph, facts = editor.graph, editor.facts
     graph.set_input(activations[0], 0, source)
     for node in activations:
-        value = node.output[0]
-        kind = graph.dtype_of(value)
-        graph.undeclare(value)
-        graph.set_type(value, kind, graph.shape_of(source))
-        facts.reshape(value, facts.shape(source))
+        reshape_value(graph, node.output[0], graph.shape_of(source))
+        facts.reshape(node.output[0], facts.shape(source))
 
 
 def sole_source(editor: SizeEditor, value: str) -> NodeProto | None:
@@ -195,7 +193,7 @@ def unstacked(editor: SizeEditor, node: NodeProto) -> bool:
     """A reduction along the axis that a Concat of Unsqueezes made: the same of what they read, element by element."""
     graph, facts = editor.graph, editor.facts
     joined = sole_source(editor, node.input[0])
-    if joined is None or joined.op_type != "Concat" or graph.dtype_of(node.output[0]) not in FLOATS:
+    if joined is None or joined.op_type != "Concat" or graph.dtype_of(node.output[0]) not in _ELEMENTWISE:
         return False
     shape = facts.shape(joined.output[0])
     if shape is None or set_by_caller(node) or graph.opset() < 8:
@@ -235,17 +233,12 @@ def stack(editor: SizeEditor, node: NodeProto) -> bool:
     reader = sole_reader(graph, node.output[0])
     if reader is not None and reader.op_type in REDUCED and unstacked(editor, reader):
         return True
-    sources = []
-    for value in node.input:
-        source = sole_source(editor, value)
-        if source is None or not is_op(source, "Unsqueeze"):
-            return False
-        if Step(facts, source).axes(1, len(result)) != [axis] or axis == len(result) - 1:
-            return False
-        maker = graph.producer(source.input[0])
-        if maker is not None and maker.op_type in (*VIEWS, "If"):
-            return False  # the Unsqueeze may yet cancel with that
-        sources.append(source.input[0])
+    sources = stacked(editor, node, axis, len(result))
+    if sources is None or axis == len(result) - 1 or any(graph.use_count(value) != 1 for value in node.input):
+        return False
+    makers = map(graph.producer, sources)
+    if any(maker is not None and maker.op_type in (*VIEWS, "If") for maker in makers):
+        return False  # the Unsqueeze may yet cancel with that
     shapes = [facts.shape(source) for source in sources]
     joined = [] if shapes[0] is None else list(shapes[0])
     if not joined or any(not same_shape(shape, shapes[0]) for shape in shapes):
