@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
+from statistics import NormalDist
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -19,7 +21,7 @@ from onnxslim_lab.statistics import Calibration, Channels, Statistics, Want
 from onnxslim_lab.statistics.collected import Place, place
 from onnxslim_lab.worker.messages import Value
 
-_CERTAIN = 2.0  # standard errors that a gain must be, for a correction to be more than what these feeds have in common
+_CHANCE = 0.025  # of keeping a correction that gains nothing: two standard errors where one is tried
 
 Key = tuple[Place, str]
 Deltas = dict[Key, NDArray[np.float64]]
@@ -35,10 +37,11 @@ class CorrectBias(Pass):
     The means are taken over the calibration data (Nagel et al. 2019, section 4.2, measured instead of derived).
     Layers are Conv, ConvTranspose, Gemm, MatMul with a constant weight, float or behind DequantizeLinear;
     biases are float constants or int32 codes behind DequantizeLinear, and are made where there is none. A shift
-    counts as far as it is the same on both halves of the data. The layers are corrected in parts, first layers
-    first, since each correction moves the means behind it; a part is kept when it lowers the error of the model's
-    outputs on feeds that the means were not taken from (every fourth; where there is one feed only, on that), by
-    more than twice the standard error of what it gains on each.
+    counts as far as it is the same on both halves of the data. The layers are corrected one after another, first
+    layers first, since each correction moves the means behind it. All are kept when that lowers the error of the
+    model's outputs on feeds that the means were not taken from (every fourth; where there is one feed only, on that)
+    by more than chance: twice the standard error of what each feed gains. Otherwise they are tried again in parts,
+    and each part is kept that gains more than chance does in as many trials.
 
     refuses: layers whose output the original does not have under the same name with as many channels;
     biases that are computed or stored in other types; everything, when the outputs do not get
@@ -55,7 +58,7 @@ class CorrectBias(Pass):
         16,
         ge=1,
         le=1000,
-        description="in how many parts the layers are corrected and judged, one after another",
+        description="in how many parts corrections are tried, one after another, when all at once do not help",
     )
 
     @property
@@ -106,6 +109,7 @@ class _Search:
     def __post_init__(self) -> None:
         self.wanted: dict[Key, list[Channels]] = {}  # the original's statistics on each half
         self.total: Deltas = {}
+        self.current = self.model  # with these
         self.before = self.best = np.zeros(1)  # by feed
         self._reference: list[dict[str, Value]] = []
         learned, self._judge = self.calibration.hold_back()
@@ -120,10 +124,10 @@ class _Search:
             twin = originals.get(key[0])
             value = next((name for name in slot.twins() if twin is not None and twin.defines(name)), "")
             shape = twin.shape_of(value) if twin is not None and value else None
-            count = channels_of(slot)
+            wide = channels_of(slot)
             if twin is None or shape is None:
                 self.outcome.refuse(slot.name, f"the original has no value {slot.value} to compare with")
-            elif count is None or len(shape) <= slot.axis or shape[slot.axis] != count:
+            elif wide is None or len(shape) <= slot.axis or shape[slot.axis] != wide:
                 self.outcome.refuse(slot.name, "the original's output has another number of channels")
             else:
                 wants.append(Want(twin, value, axis=slot.axis))
@@ -140,24 +144,33 @@ class _Search:
                 self.wanted[key] = known
 
     def run(self, parts: int, progress: Progress) -> None:
-        """Correct the layers part by part, in order; keep what makes the outputs better."""
+        """Correct all layers if that makes the outputs better, else those parts that do."""
         self._reference = self._judge.outputs(self.original)
         self.before = self.best = self._errors(self.model)
-        current = self.model
         order = [key for key in _all_slots(self.model) if key in self.wanted]
-        done = 0
-        for numbers in np.array_split(np.arange(len(order)), min(parts, len(order))):
-            step = self._deltas(current, [order[number] for number in numbers])
-            step = {key: delta for key, delta in step.items() if delta.any()}
-            for share in (1.0, 0.5):
-                trial = self.total | {key: share * delta for key, delta in step.items()}
-                changed = self._corrected(trial)
-                errors = self._errors(changed)
-                if is_better(self.best, errors):
-                    self.total, self.best, current = trial, errors, changed
-                    break
-            done += len(numbers)
-            progress(done, len(order), "correct-bias")
+        split = np.array_split(np.arange(len(order)), min(parts, len(order)))
+        if self._kept(order, 1, _counted(progress, len(order), "correct-bias")) or len(split) == 1:
+            return
+        told = _counted(progress, len(order), "correct-bias in parts")
+        for numbers in split:
+            self._kept([order[number] for number in numbers], len(split), told)
+
+    def _kept(self, keys: Sequence[Key], trials: int, told: Callable[[], None]) -> bool:
+        """Correct layers one after another, beside what was kept; keep it if it makes the outputs better."""
+        trial, model = dict(self.total), self.current
+        for key in keys:
+            delta = self._delta(model, key)
+            if delta is not None and delta.any():
+                trial[key] = delta
+                model = self._corrected(trial)
+            told()
+        if len(trial) == len(self.total):
+            return False
+        errors = self._errors(model)
+        if not is_better(self.best, errors, trials):
+            return False
+        self.total, self.best, self.current = trial, errors, model
+        return True
 
     def finish(self) -> None:
         """Write the corrections into the model, or say that there were none that helped."""
@@ -179,25 +192,17 @@ class _Search:
             }
             self.outcome.changes.append(Change(slot.name, "bias corrected", detail=detail))
 
-    def _deltas(self, model: Graph, keys: Sequence[Key]) -> Deltas:
-        """Return what each mean lacks, as far as both halves of the data agree on it."""
-        slots = {key: slot for key, slot in _all_slots(model).items() if key in keys}
-        halves = [self._measure(half, model, slots) for half in self._halves]
-        deltas: Deltas = {}
-        for key, slot in slots.items():
-            found = []
-            for want, half in zip(self.wanted[key], halves, strict=True):
-                have = _channels(half, slot.graph, slot.value)
-                if have is not None:
-                    found.append(np.asarray(want.mean - have.mean))
-            if len(found) == len(halves):
-                deltas[key] = agreed(found)
-        return deltas
-
-    @staticmethod
-    def _measure(data: Calibration, model: Graph, slots: dict[Key, BiasSlot]) -> Statistics:
-        wants = [Want(slot.graph, slot.value, axis=slot.axis) for slot in slots.values()]
-        return data.collect(model, wants)
+    def _delta(self, model: Graph, key: Key) -> NDArray[np.float64] | None:
+        """Return what each mean of a layer lacks, as far as both halves of the data agree; None without data."""
+        slot = _all_slots(model)[key]
+        want = Want(slot.graph, slot.value, axis=slot.axis)
+        found = []
+        for wanted, half in zip(self.wanted[key], self._halves, strict=True):
+            have = _channels(half.collect(model, [want]), slot.graph, slot.value)
+            if have is None:
+                return None
+            found.append(np.asarray(wanted.mean - have.mean))
+        return agreed(found)
 
     def _corrected(self, deltas: Deltas) -> Graph:
         """Return a copy of the model with these corrections."""
@@ -214,8 +219,19 @@ class _Search:
         return errors_by_feed(self._reference, self._judge.outputs(model))
 
 
-def is_better(before: NDArray[np.float64], after: NDArray[np.float64]) -> bool:
-    """Whether errors by feed fall by more than chance: their sum, by twice the standard error of the differences.
+def _counted(progress: Progress, most: int, told: str) -> Callable[[], None]:
+    """Return what tells, each time it is called, that one more is done."""
+    numbers = count(1)
+    return lambda: progress(next(numbers), most, told)
+
+
+def is_better(before: NDArray[np.float64], after: NDArray[np.float64], trials: int = 1) -> bool:
+    """Whether errors by feed fall by more than chance: their sum, beside the standard error of the differences.
+
+    Args:
+        before: Errors, float64 (feeds,).
+        after: Errors of the same feeds.
+        trials: How many are judged so: the chance to keep any that gains nothing stays the same (Bonferroni).
 
     >>> is_better(np.array([3.0, 2.0, 4.0]), np.array([2.0, 1.1, 2.9]))
     True
@@ -228,7 +244,7 @@ def is_better(before: NDArray[np.float64], after: NDArray[np.float64]) -> bool:
         return True
     gains = before - after
     error = np.sqrt(len(gains)) * gains.std(ddof=1) if len(gains) > 1 else 0.0
-    return bool(gains.sum() > _CERTAIN * error)
+    return bool(gains.sum() > NormalDist().inv_cdf(1 - _CHANCE / trials) * error)
 
 
 def agreed(shifts: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:

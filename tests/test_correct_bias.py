@@ -139,6 +139,16 @@ def test_nothing_is_kept_that_makes_outputs_worse():
     assert len(next(node for node in graph.nodes if node.op_type == "Gemm").input) == 2
 
 
+@pytest.mark.parametrize("parts", [1, 2, 16])
+def test_a_shift_is_taken_from_the_layer_that_has_it_however_many_are_judged_at_once(parts):
+    text = """g (float[8,2] x) => (float[8,2] y) <float[2,2] w = {2, 1, 1, 2}, float[2] b = {%s}, float[2] c = {0, 1},
+        float[2] d = {1, 0}> { h = Gemm(x, w, b) g = Gemm(h, w, c) y = Gemm(g, w, d) }"""
+    graph, outcome, before, after = correct(text % "1,2", text % "1,3", parts=parts)
+    assert after < 1e-4 * before
+    assert graph.constant("b") == pytest.approx([1, 2], abs=1e-4)
+    assert len(outcome.changes) == 1, "what the first layer lacked is not added to those behind it again"
+
+
 def test_layers_without_a_counterpart_are_refused():
     before = GEMM % ("1,2,3,4", "", "")
     text = """g (float[8,2] x) => (float[8,2] y) <float[2,2] w = {1,2,3,3}, float[2,2] u = {1,0,0,1}>
