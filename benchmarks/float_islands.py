@@ -46,7 +46,7 @@ CONVOLUTIONS = [  # channels, size, kernel, groups
     (512, 7, 3, 1),
 ]
 DEPTHWISE = [(96, 112, 3, 96), (144, 56, 3, 144), (480, 14, 5, 480)]
-PRODUCTS = [(1280, 1000), (512, 512), (2048, 2048)]  # inputs, outputs
+PRODUCTS = [(512, 512), (1024, 1024), (1280, 1000), (2048, 2048), (4096, 1000)]  # inputs, outputs
 TYPE = onnx.TensorProto.FLOAT
 Floats = NDArray[np.float64]
 
@@ -130,7 +130,7 @@ def extra_time(model: onnx.ModelProto, name: str, runs: int, folder: Path) -> fl
 def difference(sessions: list[InferenceSession], feed: dict[str, Value], runs: int) -> float:
     """Return the median of the seconds that the second of two models takes longer."""
     differences = []
-    flush = np.zeros(1 << 22, np.float32)  # models are larger than caches: neither finds its weights there
+    flush = np.zeros(1 << 25, np.float32)  # models are larger than caches: neither finds its weights there
     for _ in range(runs):
         times = []
         for made in sessions:

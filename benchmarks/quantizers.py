@@ -33,7 +33,7 @@ SILERO = frozenset(
     f"silero_vad{end}" for end in ("", "_16k_op15", "_16k_sequence", "_half", "_openvino_16k", "_op18_ifless")
 )
 MORE = dict.fromkeys(SILERO, 40) | {
-    "efficientnet_lite0": 32,
+    "efficientnet_lite0": 31,
     "ppocrv2_cls": 50,
     "silero_vad_half": 43,
     "silero_vad_openvino_16k": 37,

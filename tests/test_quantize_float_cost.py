@@ -8,7 +8,7 @@ from onnxslim_lab.passes.quantize import Quantize
 from onnxslim_lab.quantization.float_cost import FloatCost
 from onnxslim_lab.quantization.static import plan_static, scheme_of
 
-CALL, ELEMENT, WEIGHT, RESULT, FASTER = 200_000, 60, 8, 80, 0.12
+CALL, ELEMENT, WEIGHT, RESULT, FASTER = 200_000, 60, 15, 80, 0.12
 
 
 def planned(body, sizes, shape, outputs="float[N,4,8,8] y"):

@@ -60,9 +60,9 @@ def test_what_causes_most_in_all_is_packed_into_the_budget(sizes, budget):
 def test_layers_are_chosen_under_ranges_that_clip_and_under_those_that_do_not(monkeypatch, better):
     graph = model_of(
         "a = MatMul(x, w) t = Tanh(a) y = MatMul(t, v)",
-        {"w": (16, 64), "v": (64, 8)},
+        {"w": (16, 64), "v": (64, 16)},
         inputs="float[N,16] x",
-        outputs="float[N,8] y",
+        outputs="float[N,16] y",
     )
     step = Quantize(target="onnxruntime-x86-vnni")
     judge = plan_static(graph, step, scheme_of(step), context_of(feeds_of((4, 16))), Outcome()).judge
