@@ -23,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
+import zoo
 from zoo_feeds import feeds as zoo_feeds
 
 from onnxslim_lab.base import Context
@@ -35,11 +36,6 @@ from onnxslim_lab.statistics import Calibration, Statistics, Want
 
 MODELS = ("efficientnet_lite0", "nudenet_yolov8n", "vital_minilm_l3", "ppocrv4_rec")
 BUDGET = 1 << 30
-
-
-def cache() -> Path:
-    """Return the folder of the models."""
-    return Path(os.environ.get("ONNXSLIM_LAB_CACHE", "~/.cache/onnxslim_lab")).expanduser()
 
 
 class _Asked(Exception):  # noqa: N818 - no error: the question is all that is wanted
@@ -92,7 +88,7 @@ def compare(name: str, count: int, rounds: int, threads: int, kinds: Collection[
     """Print the time of ranges against a plain run."""
     feeds: list[dict[str, Any]] = [*(zoo_feeds(name, min(count, 16)) * (count // 16 + 1))[:count]]
     data = Dataset(feeds)
-    graph, wants = quantized_values(Graph.load(cache() / f"{name}.onnx"), feeds[0])
+    graph, wants = quantized_values(Graph.load(zoo.path(name)), feeds[0])
 
     def plain(runner: Runner) -> None:
         for _ in runner.stream(graph, feeds):
@@ -179,7 +175,7 @@ def memory(samples: int) -> None:
     """Print the peak memory of histograms and Gram matrices of EfficientNet-Lite0."""
     feeds = zoo_feeds("efficientnet_lite0", 32)
     data = Dataset(Repeated(feeds, samples))  # type: ignore[arg-type]
-    graph, ranges = quantized_values(Graph.load(cache() / "efficientnet_lite0.onnx"), feeds[0])
+    graph, ranges = quantized_values(Graph.load(zoo.path("efficientnet_lite0")), feeds[0])
     wants = [replace(want, histogram=True, axis=1) for want in ranges]
     layers, _ = find_layers(graph)
     before = resident("self")

@@ -180,7 +180,7 @@ def optimize(
         external: Whether large tensors go to a data file; None: only when the model is over 2 GB.
         allow_growth: Save even if the result is larger than the source.
         provenance: Whether the result's metadata says how it was made; that counts as no growth. None: unless
-            all steps are exact and it alone would make the result larger than the source.
+            all steps are exact or changed nothing, and it alone would make the result larger than the source.
         cache: Keep what calibration measures in `statistics.default_folder()`, for later runs to use.
         progress: Called as progress(done, total, what).
 
@@ -228,7 +228,8 @@ def optimize(
         used = None if run.calibration is None else run.calibration.data
         added = record(graph, recipe, source_hash, used)
         tight = report.bytes_after + added > report.bytes_before
-        if provenance is None and tight and not may_grow and all(step.exact for step in recipe.steps):
+        same = all(step.exact or not step.changes for step in report.steps)
+        if provenance is None and tight and not may_grow and same:
             graph.remove_metadata(KEY)
             notice = f"provenance was left out: its {added} bytes would make the file larger than the source"
             report = report.model_copy(update={"notices": (*report.notices, notice)})

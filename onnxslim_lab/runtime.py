@@ -23,7 +23,7 @@ from onnxslim_lab.running.plan import Machine, Plan
 from onnxslim_lab.running.program import UNUSED, Exchange, Hook, Program, Step, Watch, label
 from onnxslim_lab.running.support import Missing, require
 from onnxslim_lab.running.support import supports as _supports
-from onnxslim_lab.worker.messages import Value
+from onnxslim_lab.worker.messages import Value, narrowed
 
 __all__ = ["Exchange", "Hook", "Interpreter", "Missing", "Run", "run", "supports"]
 
@@ -147,7 +147,11 @@ class Interpreter:
         until: str | None,
         watch: Watch | None,
     ) -> dict[str, Value]:
-        feed = check_feed(dict(feeds), self._inputs, "feed")
+        known = {name: self._inputs[name].dtype for name in feeds if name in self._inputs}
+        fitted = {
+            name: narrowed(value, known[name]) if name in known else value for name, value in feeds.items()
+        }
+        feed = check_feed(fitted, self._inputs, "feed")
         names, program = self._program(outputs, until)
         plan = self._plan
         values = plan.template.copy()

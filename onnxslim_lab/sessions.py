@@ -154,9 +154,9 @@ class Runner:
                 if self._child is None or all(kept is not model for kept in self._models.values()):
                     model = self._model(graph)
                 session = self._session(model, model.with_outputs(wanted), optimization)
-                session.check(feed, number)
+                fitted = session.fit(feed, number)
                 doing = f"running model {model.title} on feed {number}"
-                answer = self._request_on(number, doing, "run", key=session.key, feed=feed, outputs=wanted)
+                answer = self._request_on(number, doing, "run", key=session.key, feed=fitted, outputs=wanted)
             yield answer["outputs"]
 
     def measure(
@@ -195,9 +195,9 @@ class Runner:
             doing = f"measuring model {model.title}"
             self._request(doing, "measure", key=session.key, parallel=parallel, **specification)
             for number, feed, samples in feeds:
-                session.check(feed, number)
+                fitted = session.fit(feed, number)
                 near = f"{doing} near feed {number}"
-                self._request_on(number, near, "measure_feed", number=number, feed=feed, samples=samples)
+                self._request_on(number, near, "measure_feed", number=number, feed=fitted, samples=samples)
             return self._request(doing, "measured")
 
     @property
@@ -224,11 +224,11 @@ class Runner:
         with self._lock:
             model = self._model(graph)
             session = self._session(model, model.path, "all")
-            session.check(feed, 0)
+            fitted = session.fit(feed, 0)
             doing = f"timing model {model.title}"
             outputs = list(model.outputs)
             answer = self._request_on(
-                0, doing, "clock", key=session.key, feed=feed, outputs=outputs, enough=enough
+                0, doing, "clock", key=session.key, feed=fitted, outputs=outputs, enough=enough
             )
             return float(answer["seconds"])
 

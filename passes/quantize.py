@@ -117,7 +117,7 @@ class Quantize(Pass):
         return name
 
     @model_validator(mode="after")
-    def _check_static(self) -> Self:
+    def _check_mode(self) -> Self:
         if self.mode == "static":
             for field, value, known, why in (
                 ("granularity", self.granularity, ("tensor", "channel"), _ONE_SCALE),
@@ -128,6 +128,14 @@ class Quantize(Pass):
                         f"mode static has no {field}={value}: {why}; choose {field}={', '.join(known)}, or "
                         "mode=weight-only"
                     )
+        elif self.activations not in ("auto", "uint8") and self.mode == "dynamic":
+            raise ValueError(
+                f"mode dynamic has no activations={self.activations}: DynamicQuantizeLinear gives uint8"
+            )
+        elif self.activations != "auto" and self.mode == "weight-only":
+            raise ValueError(
+                f"mode weight-only has no activations={self.activations}: it leaves them in float"
+            )
         return self
 
     @property

@@ -226,3 +226,39 @@ def test_steps_see_the_seed_and_the_memory():
 
     optimize(network(), recipe=Recipe(steps=(Look(),), seed=5, memory=1 << 22, verify="off"))
     assert seen == {"seed": 5, "memory": 1 << 20}
+
+
+def test_inputs_that_become_16_bit_are_compared_on_the_same_data(tmp_path, runner):
+    target = tmp_path / "half.onnx"
+    data = Dataset([{"x": RNG.normal(size=(2, 64)).astype(np.float32)}], source="float32")
+    result = optimize(network(), target, steps=["convert-precision:io=convert"], data=data, runner=runner)
+    assert result.report.engines.status == "passed"
+    assert {kind.tensor_type.elem_type for kind in result.graph.input_types().values()} == {10}
+
+
+def test_a_lossy_step_that_changes_nothing_makes_no_file_larger(tmp_path, runner):
+    source, target = tmp_path / "source.onnx", tmp_path / "target.onnx"
+    optimize(network(), source, steps=["simplify"], runner=runner, provenance=False)
+    step = "quantize:mode=weight-only,weights=float8e4m3fn"  # needs a newer opset
+    result = optimize(source, target, steps=[step], runner=runner)
+    assert not result.report.steps[0].changes
+    assert target.stat().st_size <= source.stat().st_size
+
+
+def test_what_the_checker_says_of_the_original_is_not_blamed_on_a_step(tmp_path, runner):
+    proto = network()
+    proto.graph.output[0].type.tensor_type.ClearField("shape")
+    with pytest.raises(onnx.checker.ValidationError):
+        onnx.checker.check_model(proto)
+    result = optimize(proto, tmp_path / "y.onnx", steps=["quantize:mode=dynamic"], runner=runner)
+    assert result.report.steps[0].changes
+    assert any("the checker refuses the original too" in notice for notice in result.report.notices)
+
+
+def test_products_of_16_bit_codes_that_onnxruntime_rounds_to_8_are_explained(tmp_path, runner):
+    data = Dataset([{"x": RNG.normal(size=(2, 64)).astype(np.float32)} for _ in range(4)], source="normal")
+    result = optimize(
+        network(), tmp_path / "y.onnx", steps=["quantize:activations=uint16"], data=data, runner=runner
+    )
+    assert result.report.engines.status == "passed"
+    assert "rounds the inputs of 2 products" in result.report.engines.reason

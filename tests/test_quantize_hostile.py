@@ -262,6 +262,15 @@ def test_weights_that_are_not_finite_are_refused_and_the_others_quantized(mode, 
     assert "v" not in result.initializers
 
 
+def test_values_behind_a_weight_that_is_not_finite_are_said_to_be_so():
+    graph = model_of("a = MatMul(x, w) r = Relu(a) y = MatMul(r, v)", SQUARE, **IO)
+    graph.set_constant("w", np.full((64, 64), np.nan, np.float32))
+    _, outcome = quantized(graph, feeds_of((3, 64)), "static")
+    reasons = [refusal.reason for refusal in outcome.refusals]
+    assert any("'r' is not finite on the calibration data" in reason for reason in reasons), reasons
+    assert not any("never computes" in reason for reason in reasons)
+
+
 def test_biases_that_are_not_finite_keep_their_layer_in_float():
     graph = model_of("a = Gemm(x, w, b) t = Tanh(a) y = Gemm(t, v)", SQUARE | {"b": (64,)}, **IO)
     graph.set_constant("b", np.full(64, np.inf, np.float32))

@@ -97,6 +97,15 @@ def test_other_modes(weights, granularity, mode):
         assert not [name for name in floats_left(result) if name in result.initializers]
 
 
+@pytest.mark.parametrize(
+    ("mode", "activations"), [("dynamic", "int8"), ("dynamic", "uint16"), ("weight-only", "int8")]
+)
+def test_modes_without_a_choice_of_activations_refuse_one(mode, activations):
+    with pytest.raises(ValidationError) as error:
+        Quantize(mode=mode, activations=activations)
+    assert_one_line(error.value, f"mode {mode} has no activations={activations}")
+
+
 @pytest.mark.parametrize("mode", ["static", "dynamic", "weight-only"])
 def test_int32_is_no_type_for_weights(mode):
     with pytest.raises(ParameterError) as error:

@@ -120,10 +120,10 @@ def _unmeasured(values: Sequence[tuple[Graph, str]], statistics: Statistics) -> 
     """Return why a layer's values have no range, "" when they have."""
     for graph, value in values:
         found = statistics.get(graph, value)
+        if found is not None and found.nonfinite:
+            return f"{value!r} is not finite on the calibration data"
         if found is None or found.empty:
             return f"the calibration data never computes {value!r}: a branch that is not taken"
-        if found.nonfinite:
-            return f"{value!r} is not finite on the calibration data"
     return ""
 
 

@@ -1,15 +1,15 @@
 """When two runtimes differ on a model with quantized weights because onnxruntime rounds the inputs of its products.
 
 onnxruntime (CPU, 1.31) computes MatMulNBits of accuracy_level 4, and a MatMul or Gemm whose weight a
-DequantizeLinear makes, which it fuses to that, with inputs rounded to 8 bits by block. The NumPy runtime does not
-round them.
+DequantizeLinear makes (its input not, or from codes of 16 bits), which it fuses to that, with inputs rounded to 8
+bits by block. The NumPy runtime does not round them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from onnx import NodeProto
+from onnx import NodeProto, TensorProto
 
 from onnxslim_lab.errors import LabError
 from onnxslim_lab.graph import Graph, attribute, is_op
@@ -18,6 +18,8 @@ from onnxslim_lab.metrics import Feed, compare_outputs
 from onnxslim_lab.quantization.microsoft import DOMAIN, INT8_ACTIVATIONS
 from onnxslim_lab.report import Verdict
 from onnxslim_lab.sessions import Runner
+
+_MULTIPLIED = (TensorProto.INT8, TensorProto.UINT8)  # codes of inputs that it has kernels for
 
 LARGEST = 0.1
 """Relative difference that inputs rounded to 8 bits may cause, at most; more is no rounding."""
@@ -71,10 +73,11 @@ def rounded_inputs_explain(
 
 
 def _fused(graph: Graph, node: NodeProto) -> bool:
-    """Whether onnxruntime makes MatMulNBits of a node: its weight, and no input, is dequantized."""
+    """Whether onnxruntime makes MatMulNBits of a node: its weight is dequantized, its input not, or from 16 bits."""
     if not (is_op(node, "MatMul") or is_op(node, "Gemm")):
         return False
-    makers = [graph.producer(name) for name in node.input[:2]]
-    dequantized = [maker is not None and is_op(maker, "DequantizeLinear") for maker in makers]
-    maker = makers[1]
-    return dequantized == [False, True] and maker is not None and graph.is_constant(maker.input[0])
+    first, second = (graph.producer(name) for name in node.input[:2])
+    if second is None or not is_op(second, "DequantizeLinear") or not graph.is_constant(second.input[0]):
+        return False
+    on_codes = first is not None and is_op(first, "DequantizeLinear")
+    return not (on_codes and first is not None and graph.dtype_of(first.input[0]) in _MULTIPLIED)

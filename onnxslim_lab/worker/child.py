@@ -11,11 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import ml_dtypes
+import numpy as np
+
 from onnxslim_lab.errors import DataError, SessionError, one_line, quote, suggest
-from onnxslim_lab.worker.messages import Value, receive, send
+from onnxslim_lab.worker.messages import Value, narrowed, receive, send
 
 # NumPy's sums in the child (Gram matrices) would else depend on the threads; onnxruntime has its own.
 _BLAS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+_HALVES = {"tensor(float16)": np.float16, "tensor(bfloat16)": ml_dtypes.bfloat16}
 _START_TIMEOUT = 60.0  # seconds; importing onnxruntime is not the model's fault
 
 
@@ -51,14 +55,22 @@ class Session:
         kinds = {a["name"]: a["type"] for a in (*answer["inputs"], *answer["overridable"])}
         return cls(key, answer["seconds"], weights, kinds, tuple(a["name"] for a in answer["inputs"]))
 
-    def check(self, feed: dict[str, Value], number: int) -> None:
-        """Raise DataError when a feed's names are not the model's inputs."""
+    def fit(self, feed: dict[str, Value], number: int) -> dict[str, Value]:
+        """Return a feed as the model takes it: float32 rounded to 16 bits where an input has become that.
+
+        Raises:
+            DataError: Its names are not the model's inputs.
+        """
         for name in feed:
             if name not in self.kinds:
                 raise DataError(f"feed {number}: no input {quote(name)}{suggest(name, self.kinds)}")
         for name in self.required:
             if name not in feed:
                 raise DataError(f"feed {number}: input {quote(name)} ({self.kinds[name]}) is missing")
+        halves = {name: _HALVES[kind] for name, kind in self.kinds.items() if kind in _HALVES}
+        return {
+            name: narrowed(value, halves[name]) if name in halves else value for name, value in feed.items()
+        }
 
 
 class Child:

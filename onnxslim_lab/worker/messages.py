@@ -19,7 +19,18 @@ Array = npt.NDArray[Any]
 Value = Array | list[Any] | dict[Any, Any] | None
 """What onnxruntime takes and gives: a tensor, a sequence, a map, or the empty optional."""
 
+_NARROW = ("float16", "bfloat16")  # what an input that took float32 may have become
 _HEADER = struct.Struct(">Q")
+
+
+def narrowed(value: Value, dtype: npt.DTypeLike) -> Value:
+    """Return a float32 array in the 16-bit type that an input takes; anything else as it is.
+
+    >>> narrowed(np.float32([1.0]), np.float16).dtype
+    dtype('float16')
+    """
+    known = isinstance(value, np.ndarray) and value.dtype == np.float32 and np.dtype(dtype).name in _NARROW
+    return np.asarray(value).astype(dtype) if known else value
 
 
 def dtype_named(name: str) -> np.dtype[Any]:
