@@ -147,11 +147,7 @@ class Interpreter:
         until: str | None,
         watch: Watch | None,
     ) -> dict[str, Value]:
-        known = {name: self._inputs[name].dtype for name in feeds if name in self._inputs}
-        fitted = {
-            name: narrowed(value, known[name]) if name in known else value for name, value in feeds.items()
-        }
-        feed = check_feed(fitted, self._inputs, "feed")
+        feed = check_feed(self._fitted(feeds), self._inputs, "feed")
         names, program = self._program(outputs, until)
         plan = self._plan
         values = plan.template.copy()
@@ -166,6 +162,13 @@ class Interpreter:
         finally:
             self._machine.watch = before
         return {name: values[plan.slots[name]] for name in names}
+
+    def _fitted(self, feeds: Mapping[str, Value]) -> dict[str, Value]:
+        """Return a feed with float32 rounded to 16 bits where an input has become that, as a Runner does."""
+        kinds = {name: info.dtype for name, info in self._inputs.items() if info.element}
+        return {
+            name: narrowed(value, kinds[name]) if name in kinds else value for name, value in feeds.items()
+        }
 
     def _program(self, outputs: Sequence[str] | None, until: str | None) -> tuple[Sequence[str], Program]:
         """Return the names to return and the program for them, made once."""
