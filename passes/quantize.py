@@ -12,7 +12,7 @@ from onnxslim_lab.profiles import find_profile
 from onnxslim_lab.quantization.dynamic import apply_dynamic
 from onnxslim_lab.quantization.ranges import Method
 from onnxslim_lab.quantization.static import apply_static
-from onnxslim_lab.quantization.types import find_type
+from onnxslim_lab.quantization.types import QUANT_TYPES, find_type
 from onnxslim_lab.quantization.weight_codes import decode_codes, restore_codes
 from onnxslim_lab.quantization.weight_fill import refill, refuse_fills, spread_fills
 from onnxslim_lab.quantization.weight_only import apply_weight_only, check_data
@@ -57,8 +57,13 @@ class Quantize(Pass):
     mode: Literal["static", "dynamic", "weight-only"] = Field(
         "static", description="what is quantized, and when"
     )
-    weights: str = Field("auto", description="type of weights: int8, uint8, int4, ...; auto: the target's")
-    activations: str = Field("auto", description="type of activations; auto: the target's")
+    weights: str = Field(
+        "auto",
+        description=f"type of weights: {', '.join(name for name in QUANT_TYPES if name != 'int32')}; auto: the target's",
+    )
+    activations: str = Field(
+        "auto", description="type of activations, of those of 8 and 16 bits; auto: the target's"
+    )
     granularity: Literal["tensor", "channel", "block"] = Field(
         "channel",
         description="what has a scale of its own: a weight, its output channels, or blocks of inputs",

@@ -388,6 +388,7 @@ def test_codebook_leaves_few_values_for_encode(with_data):
     context = Context(calibration=Data(feed(graph, (50, 72))["x"])) if with_data else Context()
     outcome = apply_weight_only(graph, Step("uint4", rounding="codebook"), context)
     assert "encode" in outcome.changes[0].what
+    assert any("encode" in notice for notice in outcome.notices), "it is not seen in what the console shows"
     assert len(np.unique(graph.constant("w"))) <= 16
 
 

@@ -205,6 +205,8 @@ def _share(model: Graph, jobs: Sequence[Job], context: Context, outcome: Outcome
             )
         else:
             found.append((job, values, shared_values(values, job.layout, job.kind.bits, gram)))
+    if found:
+        outcome.notices.append("codebooks become smaller when stored: let `encode` follow")
     for job, values, shared in found:
         job.target.write(shared)
         error = np.sum((shared.astype(np.float64) - values) ** 2)
