@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TypeProto
+from onnx import ModelProto, NodeProto, TensorProto, TypeProto
 
 from onnxslim_lab.errors import ParameterError, quote, suggest
 from onnxslim_lab.graph import Graph
@@ -65,6 +65,8 @@ class Interpreter:
         self._machine = Machine(memory)
         self._plan = Plan(self.graph, self._machine)
         self._inputs = {name: _fed(info) for name, info in model_inputs(self.graph).items()}
+        halves = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+        self._narrow = {name: info.dtype for name, info in self._inputs.items() if info.element in halves}
         self._programs: dict[tuple[tuple[str, ...], str | None], Program] = {}
 
     @property
@@ -147,7 +149,7 @@ class Interpreter:
         until: str | None,
         watch: Watch | None,
     ) -> dict[str, Value]:
-        feed = check_feed(self._fitted(feeds), self._inputs, "feed")
+        feed = check_feed(narrowed(feeds, self._narrow), self._inputs, "feed")
         names, program = self._program(outputs, until)
         plan = self._plan
         values = plan.template.copy()
@@ -162,13 +164,6 @@ class Interpreter:
         finally:
             self._machine.watch = before
         return {name: values[plan.slots[name]] for name in names}
-
-    def _fitted(self, feeds: Mapping[str, Value]) -> dict[str, Value]:
-        """Return a feed with float32 rounded to 16 bits where an input has become that, as a Runner does."""
-        kinds = {name: info.dtype for name, info in self._inputs.items() if info.element}
-        return {
-            name: narrowed(value, kinds[name]) if name in kinds else value for name, value in feeds.items()
-        }
 
     def _program(self, outputs: Sequence[str] | None, until: str | None) -> tuple[Sequence[str], Program]:
         """Return the names to return and the program for them, made once."""

@@ -47,7 +47,7 @@ class Runner:
 
     The child has telemetry off and runs in a private temporary folder, where models are saved for it;
     sessions are kept, so that running the same graph again loads nothing. After a crash or a timeout the
-    next call starts a new child.
+    next call starts a new child. Data in float32 is rounded where an input takes 16 bits (convert-precision:io=convert).
 
     Args:
         threads: Intra-op threads; 0 lets onnxruntime choose.

@@ -67,10 +67,7 @@ class Session:
         for name in self.required:
             if name not in feed:
                 raise DataError(f"feed {number}: input {quote(name)} ({self.kinds[name]}) is missing")
-        halves = {name: _HALVES[kind] for name, kind in self.kinds.items() if kind in _HALVES}
-        return {
-            name: narrowed(value, halves[name]) if name in halves else value for name, value in feed.items()
-        }
+        return narrowed(feed, {name: _HALVES[kind] for name, kind in self.kinds.items() if kind in _HALVES})
 
 
 class Child:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Mapping
 from typing import Any, BinaryIO, cast
 
 import ml_dtypes
@@ -19,18 +20,21 @@ Array = npt.NDArray[Any]
 Value = Array | list[Any] | dict[Any, Any] | None
 """What onnxruntime takes and gives: a tensor, a sequence, a map, or the empty optional."""
 
-_NARROW = ("float16", "bfloat16")  # what an input that took float32 may have become
 _HEADER = struct.Struct(">Q")
 
 
-def narrowed(value: Value, dtype: npt.DTypeLike) -> Value:
-    """Return a float32 array in the 16-bit type that an input takes; anything else as it is.
+def narrowed(feed: Mapping[str, Value], narrow: Mapping[str, npt.DTypeLike]) -> dict[str, Value]:
+    """Return a feed with float32 rounded to the 16-bit types that some inputs take.
 
-    >>> narrowed(np.float32([1.0]), np.float16).dtype
+    >>> narrowed({"x": np.float32([1.0])}, {"x": np.float16})["x"].dtype
     dtype('float16')
     """
-    known = isinstance(value, np.ndarray) and value.dtype == np.float32 and np.dtype(dtype).name in _NARROW
-    return np.asarray(value).astype(dtype) if known else value
+    fitted = dict(feed)
+    for name in feed.keys() & narrow.keys():
+        value = feed[name]
+        if isinstance(value, np.ndarray) and value.dtype == np.float32:
+            fitted[name] = value.astype(narrow[name])
+    return fitted
 
 
 def dtype_named(name: str) -> np.dtype[Any]:
